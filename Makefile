@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 
 help: ## Show this text
 	@echo "Targets:"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables (make NAME=value ...):"
 	@echo "  PYTHON       interpreter that creates the environments, 3.11 or newer  [$(PYTHON)]"
