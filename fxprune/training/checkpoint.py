@@ -1,0 +1,131 @@
+"""Checkpoints: written whole or not at all, read without running code, refused when foreign."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import ConfigError, TrainingError
+
+__all__ = ["Checkpoint", "digest", "tensors_of"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file in which one run keeps its state.
+
+    Attributes:
+        path: the file.
+        run: what makes this run what it is, one text per aspect. A file whose run differs in any
+            of them is refused.
+    """
+
+    path: Path
+    run: Mapping[str, str]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], name: str, run: Mapping[str, str]) -> Checkpoint:
+        """Make the folder if it is absent, and name the file in it.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the checkpoint folder {os.fspath(folder)!r} cannot be made ({error}): "
+                "name one that can be written"
+            ) from error
+        file_name = re.sub(r"[^\w.-]+", "-", name) + ".pt"
+        return cls(Path(folder) / file_name, run)
+
+    def load(self) -> dict[str, Any] | None:
+        """Read the state; None where nothing has been saved yet.
+
+        Raises:
+            ConfigError: the file is damaged, no checkpoint, or of another run.
+        """
+        remedy = "delete it to start afresh, or name another folder"
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise ConfigError(
+                f"the checkpoint {str(self.path)!r} cannot be read ({type(error).__name__}): "
+                f"{remedy}"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ConfigError(f"{str(self.path)!r} is not a checkpoint of fxprune: {remedy}")
+        if content["run"] != dict(self.run):
+            raise ConfigError(
+                f"the checkpoint {str(self.path)!r} belongs to another run "
+                f"({_difference(content['run'], self.run)}): {remedy}"
+            )
+        state: dict[str, Any] = content["state"]
+        return state
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state; whatever happens, the file holds the old state or the new one.
+
+        Raises:
+            TrainingError: the file cannot be written; the old one is as it was.
+        """
+        content = {"format": _FORMAT, "run": dict(self.run), "state": dict(state)}
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+            _sync_folder(self.path.parent)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise TrainingError(
+                f"the checkpoint {str(self.path)!r} cannot be written ({error}): make room or "
+                "name another folder, and run again to go on from the last one"
+            ) from error
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name, tied ones once."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A short text that differs where any value, shape or type of the tensors does."""
+    result = hashlib.sha256()
+    for name, tensor in tensors.items():
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        result.update(flat.view(torch.uint8).numpy().data)
+    return result.hexdigest()[:16]
+
+
+def _difference(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    return "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""One optimizer step: loss, penalty, gradient, clipping, update; and the checks on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxprune.errors import ConfigError, TrainingError
+from fxprune.training.task import Task
+
+__all__ = ["Stepper", "make_optimizer"]
+
+
+def make_optimizer(module: nn.Module, task: Task) -> Optimizer:
+    """A fresh optimizer of the parameters that require a gradient.
+
+    Raises:
+        TrainingError: there are none.
+        ConfigError: ``task.optimizer`` does not make an optimizer that can be used here.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise TrainingError(
+            "the module has no parameter that requires a gradient, so there is nothing to train: "
+            "set requires_grad on some, or leave the task out"
+        )
+    optimizer = task.optimizer(parameters)
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            f"Task.optimizer made a {type(optimizer).__name__}: it must make a "
+            "torch.optim.Optimizer whose step needs no closure, such as "
+            "lambda p: torch.optim.SGD(p, lr=0.1)"
+        )
+    return optimizer
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Trains a module on one batch at a time.
+
+    Attributes:
+        module: trained in place.
+        task: gives loss and clipping.
+        optimizer: of the module's parameters.
+        after_step: called after each update, without gradients.
+        penalty: computes what is added to the loss.
+    """
+
+    module: nn.Module
+    task: Task
+    optimizer: Optimizer
+    after_step: Callable[[], None] | None
+    penalty: Callable[[], Tensor] | None
+
+    def __call__(self, batch: Any, where: str) -> float:
+        """Take one step; returns the loss, penalty included.
+
+        Args:
+            batch: on the module's device.
+            where: names the moment in an error.
+
+        Raises:
+            TrainingError: the loss is no finite scalar, or does not depend on the parameters.
+                The weights are then as they were before the step.
+        """
+        loss = _scalar(self.task.loss(self.module, batch), f"{where}: Task.loss")
+        if self.penalty is not None:
+            loss = loss + _scalar(self.penalty(), f"{where}: the penalty")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{where}: the loss is {value}: lower the learning rate, set Task.clip, or look "
+                "for bad values in this batch"
+            )
+        if not loss.requires_grad:
+            raise TrainingError(
+                f"{where}: the loss does not depend on the parameters: compute it from the "
+                "model's outputs, without detach, item or no_grad"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.task.clip is not None:
+            trained = (p for group in self.optimizer.param_groups for p in group["params"])
+            nn.utils.clip_grad_norm_(trained, self.task.clip)
+        self.optimizer.step()
+        if self.after_step is not None:
+            with torch.no_grad():
+                self.after_step()
+        return value
+
+
+def _scalar(value: object, source: str) -> Tensor:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    raise TrainingError(
+        f"{source} returned a {type(value).__name__}{shape}: "
+        "return one real number as a tensor, such as a mean"
+    )
