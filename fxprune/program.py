@@ -1,0 +1,292 @@
+"""A traced model: the graph, its tensors and its calling convention.
+
+A program is immutable. Its graph has one ``get_attr`` node per tensor, calls ATen operations and
+the operations of :mod:`fxprune.tracing.recurrent`, and holds evaluation-mode calls of dropout and
+batch norm; :meth:`Program.module` turns it into a module that trains, evaluates and switches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export._unlift import _get_codegen
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["InputSpec", "Kind", "Program", "Refusal", "check_input"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call of the model."""
+
+aten = torch.ops.aten
+
+
+class Kind(Enum):
+    """What a tensor of a program is to the user's module."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something was left as it is.
+
+    Attributes:
+        node: the graph node, input dimension or tensor concerned.
+        reason: what stands in the way, in words.
+    """
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One leaf of the model's inputs.
+
+    Attributes:
+        name: the forward parameter it came in by.
+        shape: sizes; a string is a dynamic dimension's symbol. None if it is not a tensor.
+    """
+
+    name: str
+    shape: tuple[int | str, ...] | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced model.
+
+    Attributes:
+        graph: the FX graph; placeholders are the user's inputs only.
+        tensors: parameters, buffers and constants by qualified name, shared with the user's model.
+        kinds: what each tensor is.
+        aliases: further names of tied tensors, each mapped to the name in ``tensors``.
+        inputs: one entry per placeholder.
+        in_spec: structure of ``(args, kwargs)``.
+        out_spec: structure of the result.
+        example: a call that fits, tensors cloned from the user's.
+        refusals: what tracing had to leave fixed, and why.
+        switches: names of the dropout, batch norm and attention nodes that follow ``train()`` and
+            ``eval()``, each with its flag or probability in train mode.
+        mode_difference: None if train and eval mode differ in those only, else where they do.
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]
+    kinds: Mapping[str, Kind]
+    aliases: Mapping[str, str]
+    inputs: tuple[InputSpec, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example: Call
+    refusals: tuple[Refusal, ...] = ()
+    switches: Mapping[str, float] = field(default_factory=dict)
+    mode_difference: str | None = None
+
+    def nodes(self, target: Any) -> list[fx.Node]:
+        """The calls of one operation, in execution order."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target is target]
+
+    def copy_graph(self) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+        """A copy of the graph to work on, and the map from each node to its copy."""
+        graph = fx.Graph()
+        twins: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.graph, twins)
+        graph.output(output)
+        for old, new in twins.items():
+            new.name = old.name
+        return graph, twins
+
+    def with_graph(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> Program:
+        """This program with another graph and its tensors."""
+        used = {n.target for n in graph.nodes if n.op == "get_attr"}
+        return replace(
+            self,
+            graph=graph,
+            tensors={k: v for k, v in tensors.items() if k in used or k in self.tensors},
+        )
+
+    def module(self) -> fx.GraphModule:
+        """A module that runs the program, over the program's own tensors.
+
+        It takes and returns what the user's model does, switches dropout and batch norm with
+        ``train()`` and ``eval()``, and checks the sizes that tracing fixed.
+        """
+        graph, _ = self.copy_graph()
+        root: dict[str, Any] = dict(self.tensors)
+        for node in list(graph.nodes):
+            if node.name in self.switches:
+                root.update(_make_switchable(graph, node, self))
+        _insert_input_checks(graph, self.inputs)
+        graph.set_codegen(_get_codegen(self.in_spec, self.out_spec, _argument_names(self)))
+        module = fx.GraphModule(root, graph, class_name="Program")
+        for alias, name in self.aliases.items():
+            if _has(module, name):
+                _attach(module, alias, module.get_parameter(name))
+        if self.mode_difference is not None:
+            # Every GraphModule has a class of its own.
+            type(module).train = _refuse_train(self.mode_difference)  # type: ignore[method-assign]
+        return module.eval()
+
+
+class _BatchNorm(nn.Module):
+    """Batch norm over the program's tensors that follows ``training``."""
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        batches: Tensor | None = None,
+    ) -> Tensor:
+        if self.training and batches is not None:
+            batches.add_(1)
+        return functional.batch_norm(
+            x, mean, var, weight, bias, self.training, self.momentum, self.eps
+        )
+
+
+class _Attention(nn.Module):
+    """Scaled dot-product attention whose dropout follows ``training``."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        _: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout, is_causal, **kwargs
+        )
+
+
+_DROPOUTS: dict[Any, Callable[[Any], nn.Module]] = {
+    aten.dropout.default: nn.Dropout,
+    aten.dropout_.default: nn.Dropout,
+    aten.feature_dropout.default: nn.Dropout1d,
+    aten.alpha_dropout.default: nn.AlphaDropout,
+}
+
+
+def _make_switchable(
+    graph: fx.Graph, node: fx.Node, program: Program
+) -> dict[str, nn.Module]:
+    """Replaces an evaluation-mode call by a module that follows train() and eval()."""
+    name = f"_switch_{node.name}"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = {}
+    made: nn.Module
+    if node.target is aten.batch_norm.default:
+        x, weight, bias, mean, var, _, momentum, eps, *_rest = node.args
+        args = (x, weight, bias, mean, var)
+        made = _BatchNorm(momentum, eps)  # type: ignore[arg-type]
+        counter = str(mean.target).removesuffix("running_mean") + "num_batches_tracked"  # type: ignore[union-attr]
+        if counter in program.tensors:
+            with graph.inserting_before(node):
+                args = (*args, graph.create_node("get_attr", counter))
+    elif node.target is aten.scaled_dot_product_attention.default:
+        args = node.args
+        made = _Attention(program.switches[node.name])
+        kwargs = dict(node.kwargs)
+    else:
+        args = (node.args[0],)
+        made = _DROPOUTS[node.target](node.args[1])
+    with graph.inserting_before(node):
+        call = graph.create_node("call_module", name, args, kwargs)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    return {name: made}
+
+
+def check_input(x: Tensor, name: str, shape: tuple[int | None, ...]) -> Tensor:
+    """Returns ``x`` if its fixed sizes are those the program was traced with.
+
+    Raises:
+        InputError: a size differs; the message names the input and what it expects.
+    """
+    if x.dim() != len(shape) or any(
+        s is not None and have != s for s, have in zip(shape, x.shape, strict=True)
+    ):
+        expected = ", ".join("any" if s is None else str(s) for s in shape)
+        raise InputError(
+            f"input {name!r} has shape {tuple(x.shape)}, but the program was traced for "
+            f"[{expected}]. Give it that shape, or trace again with an example of the new one."
+        )
+    return x
+
+
+def _insert_input_checks(graph: fx.Graph, inputs: tuple[InputSpec, ...]) -> None:
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, inputs, strict=True):
+        if spec.shape is None or not node.users:
+            continue
+        fixed = tuple(s if isinstance(s, int) else None for s in spec.shape)
+        with graph.inserting_after(placeholders[-1]):
+            checked = graph.call_function(check_input, (node, spec.name, fixed))
+        checked.meta = dict(node.meta)
+        node.replace_all_uses_with(checked, delete_user_cb=lambda user, own=checked: user is not own)
+
+
+def _argument_names(program: Program) -> list[str] | None:
+    args_spec, kwargs_spec = program.in_spec.child(0), program.in_spec.child(1)
+    if args_spec.num_leaves + kwargs_spec.num_leaves != len(program.inputs):
+        return None
+    if any(not c.is_leaf() for c in (*args_spec.children(), *kwargs_spec.children())):
+        return None
+    positional = [spec.name for spec in program.inputs[: args_spec.num_children]]
+    names = [*positional, *kwargs_spec.context]
+    return names if all(n.isidentifier() for n in names) and len(set(names)) == len(names) else None
+
+
+def _refuse_train(difference: str) -> Callable[..., nn.Module]:
+    def train(module: nn.Module, mode: bool = True) -> nn.Module:
+        if mode:
+            raise InputError(
+                "this model computes something else in train mode than in eval mode: "
+                f"{difference}. The traced program knows eval mode only; make the difference a "
+                "dropout or a batch norm, or train the original model."
+            )
+        return nn.Module.train(module, mode)
+
+    return train
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in dict(module.named_parameters())
+
+
+def _attach(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    module.register_parameter(leaf, parameter)

@@ -1,0 +1,100 @@
+"""Running ``torch.export`` on a user's model, and turning its failures into advice."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import FxpruneError, TraceError
+from fxprune.tracing.layers import traced_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from fxprune.program import Call
+
+__all__ = ["automatic_shapes", "export"]
+
+
+def automatic_shapes(
+    model: nn.Module, call: Call, fixed: Collection[tuple[int, int]] = ()
+) -> Any:
+    """Dynamic shapes that let every dimension of every input tensor vary.
+
+    Args:
+        model: the model to be exported.
+        call: its example inputs.
+        fixed: exceptions, as pairs of input leaf and dimension.
+    """
+    shapes = ShapesCollection()
+    for index, leaf in enumerate(pytree.tree_leaves(call)):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            shapes[leaf] = tuple(
+                Dim.STATIC if (index, d) in fixed else Dim.AUTO for d in range(leaf.dim())
+            )
+    return shapes.dynamic_shapes(model, *call)
+
+
+def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:
+    """Exports a model in its present mode, recurrent layers as marker operations.
+
+    Raises:
+        TraceError: the model cannot be exported; names the user's line and a remedy.
+    """
+    try:
+        with (
+            # Size 1 in the example must not bake itself in: batch 1 is what most people pass.
+            fx_config.patch(backed_size_oblivious=True),
+            traced_layers(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                model, call[0], call[1] or None, dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except FxpruneError:
+        raise
+    except Exception as error:
+        raise TraceError(_explain(model, error)) from error
+
+
+_REMEDIES = (
+    (
+        ("data-dependent", "GuardOnDataDependent", "Could not extract specialized integer"),
+        "the control flow or a shape depends on tensor values. Replace the branch by torch.where, "
+        "or move it out of forward",
+    ),
+    (
+        ("Dynamic shapes", "dynamic_shapes", "constraint", "Constraints violated"),
+        "dynamic_shapes does not fit the model or the example inputs; mark the named dimension "
+        "static, or leave dynamic_shapes out so that fxprune finds out by itself",
+    ),
+)
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    text = str(error).strip()
+    remedy = next(
+        (advice for keys, advice in _REMEDIES if any(k in text or k in type(error).__name__ for k in keys)),
+        "rewrite that line with operations torch.export can follow",
+    )
+    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"{type(model).__name__} cannot be traced{_place(error)}: {first}. Remedy: {remedy}."
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of the traceback that is the user's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        library = any(part in frame.filename for part in ("/torch/", "/fxprune/", "/sympy/"))
+        if not library and not frame.filename.startswith("<") and frame.name != "wrapper":
+            return f" at {frame.filename}:{frame.lineno} ({frame.line})"
+    return ""

@@ -1,0 +1,182 @@
+"""The forward of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` while tracing.
+
+It computes what torch's forward computes, written with one operation of
+:mod:`fxprune.tracing.recurrent` per layer and direction, on padded instead of packed sequences.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fxprune.errors import TraceError
+from fxprune.tracing import recurrent
+from fxprune.tracing.packing import TracedSequence, traced_packing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["run_stack", "traced_layers"]
+
+_State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The tensors of one layer and direction; absent ones are None."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+@contextmanager
+def traced_layers() -> Iterator[None]:
+    """While active, recurrent modules and packing trace into fxprune's operations."""
+    with ExitStack() as stack:
+        stack.enter_context(traced_packing())
+        for layer in (nn.LSTM, nn.GRU, nn.RNN):
+            stack.callback(setattr, layer, "forward", layer.forward)
+            layer.forward = _traced_forward  # type: ignore[method-assign,assignment]
+        yield
+
+
+def run_stack(
+    kind: str,
+    x: Tensor,
+    states: tuple[Tensor | None, ...],
+    weights: list[LayerWeights],
+    *,
+    bidirectional: bool,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, list[_State]]:
+    """Runs all layers and directions of a recurrent module.
+
+    Args:
+        kind: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
+        x: [time, batch, features].
+        states: initial states, each [layers * directions, batch, size] or None.
+        weights: one entry per layer and direction, directions innermost.
+        bidirectional: whether every second entry runs in reverse.
+        dropout: probability between layers.
+        training: whether dropout is active.
+        lengths: valid steps, [batch], or None.
+
+    Returns:
+        The outputs of the last layer and the final states of every layer and direction.
+    """
+    directions = 2 if bidirectional else 1
+    finals: list[_State] = []
+    for first in range(0, len(weights), directions):
+        if first and dropout:
+            x = functional.dropout(x, dropout, training)
+        outputs = []
+        for index in range(first, first + directions):
+            initial = tuple(None if s is None else s[index] for s in states)
+            y, *final = _run_layer(kind, x, initial, weights[index], lengths, index > first)
+            outputs.append(y)
+            finals.append(tuple(final))
+        x = torch.cat(outputs, 2) if bidirectional else outputs[0]
+    return x, finals
+
+
+def _run_layer(
+    kind: str,
+    x: Tensor,
+    initial: tuple[Tensor | None, ...],
+    w: LayerWeights,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> _State:
+    if kind == "lstm":
+        h_0, c_0 = initial
+        return recurrent.lstm(
+            x, h_0, c_0, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, lengths, reverse
+        )
+    (h_0,) = initial
+    if kind == "gru":
+        return recurrent.gru(x, h_0, w.w_ih, w.w_hh, w.b_ih, w.b_hh, lengths, reverse)
+    nonlinearity = kind.removeprefix("rnn_")
+    return recurrent.rnn(x, h_0, w.w_ih, w.w_hh, w.b_ih, w.b_hh, lengths, reverse, nonlinearity)
+
+
+def _traced_forward(module: nn.RNNBase, input: Any, hx: Any = None) -> Any:
+    """Replaces ``forward`` of the recurrent modules; ``self`` is theirs."""
+    packed = isinstance(input, TracedSequence)
+    lengths = input.content.lengths if packed else None
+    x = cast("Tensor", input.content.padded if packed else input)
+    if x.dim() not in (2, 3):
+        raise TraceError(
+            f"{type(module).__name__} got an input of {x.dim()} dimensions; it takes "
+            "[time, features] or [time, batch, features] (batch first if batch_first=True)."
+        )
+    unbatched = x.dim() == 2
+    if unbatched:
+        x = x.unsqueeze(1)
+    elif module.batch_first and not packed:
+        x = x.transpose(0, 1)
+    y, finals = run_stack(
+        _kind(module),
+        x,
+        _initial_states(module, x, hx, unbatched),
+        _weights(module),
+        bidirectional=module.bidirectional,
+        dropout=float(module.dropout),
+        training=module.training,
+        lengths=lengths,
+    )
+    stacked = tuple(torch.stack(states) for states in zip(*finals, strict=True))
+    if unbatched:
+        y, stacked = y.squeeze(1), tuple(s.squeeze(1) for s in stacked)
+    elif module.batch_first and not packed:
+        y = y.transpose(0, 1)
+    result = TracedSequence.of(y, cast("Tensor", lengths)) if packed else y
+    return result, (stacked if len(stacked) > 1 else stacked[0])
+
+
+def _kind(module: nn.RNNBase) -> str:
+    return {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}.get(module.mode, module.mode.lower())
+
+
+def _initial_states(
+    module: nn.RNNBase, x: Tensor, hx: Any, unbatched: bool
+) -> tuple[Tensor | None, ...]:
+    lstm = module.mode == "LSTM"
+    if hx is None:
+        return (None, None) if lstm else (None,)
+    states = tuple(hx) if lstm else (hx,)
+    if unbatched and states[0].dim() == 2:
+        states = tuple(s.unsqueeze(1) for s in states)
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    sizes = (module.proj_size or module.hidden_size, module.hidden_size)
+    for name, state, size in zip(("h_0", "c_0"), states, sizes, strict=False):
+        shape = tuple(state.shape)
+        if len(shape) != 3 or shape[0] != count or shape[2] != size or x.shape[1] != shape[1]:
+            raise TraceError(
+                f"{type(module).__name__}: {name} has shape {shape}; expected "
+                f"[{count}, batch, {size}] with the batch of the input."
+            )
+    return states
+
+
+def _weights(module: nn.RNNBase) -> list[LayerWeights]:
+    suffixes = ("", "_reverse") if module.bidirectional else ("",)
+    return [
+        LayerWeights(
+            *(
+                getattr(module, f"{name}_l{layer}{suffix}", None)
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+            )
+        )
+        for layer in range(module.num_layers)
+        for suffix in suffixes
+    ]

@@ -1,0 +1,377 @@
+"""The recurrent operations of a program: one per layer and direction.
+
+Each of :func:`lstm`, :func:`gru` and :func:`rnn` runs one layer in one direction over a time-major
+sequence. They are ordinary differentiable functions over torch's own kernels, so that a program
+trains at native speed on CPU and CUDA. While ``torch.export`` traces them they stay one opaque
+node each, the *marker* operations ``fxprune::lstm``, ``fxprune::gru`` and ``fxprune::rnn``:
+unlike torch's operations, a marker keeps batch and time dynamic, takes the lengths of padded
+sequences, and gives every layer and direction a size of its own.
+
+Shapes: ``x`` [time, batch, inputs]; ``h_0`` [batch, outputs]; ``c_0`` [batch, hidden];
+``w_ih`` [gates * hidden, inputs]; ``w_hh`` [gates * hidden, outputs]; ``w_hr`` [outputs, hidden];
+biases [gates * hidden]; ``lengths`` [batch]. ``outputs`` is ``hidden`` unless an LSTM projects.
+Gates stand in PyTorch's order: i, f, g, o and r, z, n. An absent initial state means zeros.
+Steps at or beyond a sequence's length yield zeros and leave its state as it was; a reverse layer
+starts at the last valid step.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from fxprune.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["GATES", "gru", "lstm", "rnn", "stock_operations"]
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+"""Number of gate blocks stacked in the weights of each recurrent operation."""
+
+_STOCK: ContextVar[bool] = ContextVar("fxprune_stock_operations", default=False)
+
+
+@contextmanager
+def stock_operations() -> Iterator[None]:
+    """While active, ``torch.export`` sees torch's own recurrent operations, not the markers."""
+    token = _STOCK.set(True)
+    try:
+        yield
+    finally:
+        _STOCK.reset(token)
+
+
+def lstm(
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one LSTM layer in one direction.
+
+    Args:
+        x: the sequence, [time, batch, inputs].
+        h_0: initial output, [batch, outputs]; zeros if None.
+        c_0: initial cell state, [batch, hidden]; zeros if None.
+        w_ih: input weight, [4 * hidden, inputs].
+        w_hh: recurrent weight, [4 * hidden, outputs].
+        b_ih: input bias, [4 * hidden].
+        b_hh: recurrent bias, [4 * hidden].
+        w_hr: projection, [outputs, hidden].
+        lengths: valid steps of each sequence, [batch]; all if None.
+        reverse: run from the last valid step to the first.
+
+    Returns:
+        The outputs [time, batch, outputs], the final output and the final cell state.
+
+    Raises:
+        InputError: a tensor does not fit the weights, or a length is not in 1..time.
+
+    Example:
+        >>> y, h, c = lstm(torch.zeros(5, 2, 3), None, None, torch.ones(8, 3), torch.ones(8, 2))
+        >>> y.shape, c.shape
+        (torch.Size([5, 2, 2]), torch.Size([2, 2]))
+    """
+    if _marks():
+        return cast(
+            "tuple[Tensor, Tensor, Tensor]",
+            torch.ops.fxprune.lstm(
+                x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse
+            ),
+        )
+    outputs, hidden = w_hh.shape[1], w_hh.shape[0] // 4
+    _check("LSTM", x, w_ih, lengths, {"h_0": (h_0, outputs), "c_0": (c_0, hidden)})
+    h_0 = _initial(x, h_0, outputs)
+    c_0 = _initial(x, c_0, hidden)
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
+    y, (h_n, c_n) = _run(torch.lstm, x, (h_0, c_0), weights, b_ih is not None, lengths, reverse)
+    return y, h_n, c_n
+
+
+def gru(
+    x: Tensor,
+    h_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Runs one GRU layer in one direction: outputs and final state; arguments as :func:`lstm`."""
+    if _marks():
+        return cast(
+            "tuple[Tensor, Tensor]",
+            torch.ops.fxprune.gru(x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse),
+        )
+    return _single_state(torch.gru, "GRU", x, h_0, (w_ih, w_hh, b_ih, b_hh), lengths, reverse)
+
+
+def rnn(
+    x: Tensor,
+    h_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    nonlinearity: str = "tanh",
+) -> tuple[Tensor, Tensor]:
+    """Runs one Elman layer (tanh or relu) in one direction; arguments as :func:`lstm`."""
+    if _marks():
+        return cast(
+            "tuple[Tensor, Tensor]",
+            torch.ops.fxprune.rnn(
+                x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, nonlinearity
+            ),
+        )
+    kernel = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[nonlinearity]
+    return _single_state(kernel, "RNN", x, h_0, (w_ih, w_hh, b_ih, b_hh), lengths, reverse)
+
+
+def _single_state(
+    kernel: Callable[..., Any],
+    name: str,
+    x: Tensor,
+    h_0: Tensor | None,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    w_ih, w_hh, b_ih, _ = weights
+    hidden = w_hh.shape[1]
+    _check(name, x, w_ih, lengths, {"h_0": (h_0, hidden)})
+    h_0 = _initial(x, h_0, hidden)
+    given = [w for w in weights if w is not None]
+    y, (h_n,) = _run(kernel, x, (h_0,), given, b_ih is not None, lengths, reverse)
+    return y, h_n
+
+
+def _marks() -> bool:
+    return torch.compiler.is_exporting() and not _STOCK.get()
+
+
+def _initial(x: Tensor, state: Tensor | None, size: int) -> Tensor:
+    return x.new_zeros(x.shape[1], size) if state is None else state
+
+
+def _check(
+    name: str,
+    x: Tensor,
+    w_ih: Tensor,
+    lengths: Tensor | None,
+    states: dict[str, tuple[Tensor | None, int]],
+) -> None:
+    """Refuses what torch's kernels would read out of bounds or silently misread."""
+    if torch.compiler.is_exporting():
+        return
+    if x.dim() != 3 or x.shape[2] != w_ih.shape[1]:
+        raise InputError(
+            f"{name}: the sequence has shape {tuple(x.shape)}; expected [time, batch, "
+            f"{w_ih.shape[1]}]. Give it {w_ih.shape[1]} features per step."
+        )
+    if 0 in x.shape[:2]:
+        raise InputError(f"{name}: the sequence is empty, {tuple(x.shape)}; give it a step.")
+    for label, (state, size) in states.items():
+        if state is not None and tuple(state.shape) != (x.shape[1], size):
+            raise InputError(
+                f"{name}: {label} has shape {tuple(state.shape)}; expected "
+                f"[{x.shape[1]}, {size}], a row for each sequence of the batch."
+            )
+    if lengths is not None:
+        _check_lengths(name, x, lengths)
+
+
+def _check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
+    time, batch = x.shape[:2]
+    if tuple(lengths.shape) != (batch,):
+        raise InputError(
+            f"{name}: lengths has shape {tuple(lengths.shape)}; expected [{batch}], one length "
+            "for each sequence of the batch."
+        )
+    if int(lengths.min()) < 1 or int(lengths.max()) > time:
+        raise InputError(
+            f"{name}: lengths {lengths.tolist()} must lie between 1 and the {time} steps given; "
+            "drop empty sequences and clip the others."
+        )
+
+
+def _run(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    weights: list[Tensor],
+    biases: bool,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    # cuDNN saves what backward needs only in training mode; without dropout nothing else differs.
+    train = torch.is_grad_enabled()
+    if lengths is not None:
+        return _run_padded(kernel, x, states, weights, biases, lengths, reverse, train)
+    hx = [s.unsqueeze(0) for s in states]
+    sequence = x.flip(0) if reverse else x
+    y, *finals = kernel(
+        sequence, hx if len(hx) > 1 else hx[0], weights, biases, 1, 0.0, train, False, False
+    )
+    return (y.flip(0) if reverse else y), tuple(f.squeeze(0) for f in finals)
+
+
+def _run_padded(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    weights: list[Tensor],
+    biases: bool,
+    lengths: Tensor,
+    reverse: bool,
+    train: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if reverse:
+        x = _reversed(x, lengths)
+    # The packed kernels want the longest sequence first and the lengths on the CPU.
+    order = torch.argsort(lengths, descending=True, stable=True).to(x.device)
+    back = torch.argsort(order)
+    ordered = lengths.to(device="cpu", dtype=torch.int64)[order.cpu()]
+    data, sizes = torch._VF._pack_padded_sequence(x[:, order], ordered, False)
+    hx = [s[order].unsqueeze(0) for s in states]
+    packed, *finals = kernel(
+        data, sizes, hx if len(hx) > 1 else hx[0], weights, biases, 1, 0.0, train, False
+    )
+    y, _ = torch._VF._pad_packed_sequence(packed, sizes, False, 0.0, x.shape[0])
+    y = y[:, back]
+    if reverse:
+        y = _reversed(y, lengths)
+    return y, tuple(f.squeeze(0)[back] for f in finals)
+
+
+def _reversed(x: Tensor, lengths: Tensor) -> Tensor:
+    """Reverses the valid steps of each sequence, [time, batch, features]; the rest stays."""
+    steps = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    valid = lengths.to(x.device).unsqueeze(0)
+    index = torch.where(steps < valid, valid - 1 - steps, steps)  # [time, batch]
+    return x.gather(0, index.unsqueeze(2).expand_as(x))
+
+
+# The markers. Their kernels serve archives that are run outside fxprune; inside, programs call
+# the functions above.
+
+
+@torch.library.custom_op("fxprune::lstm", mutates_args=())
+def _lstm_marker(
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h_n, c_n = lstm(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse)
+    return y.contiguous(), h_n.clone(), c_n.clone()
+
+
+@_lstm_marker.register_fake
+def _(
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs, hidden = w_hh.shape[1], w_hh.shape[0] // 4
+    time, batch = _fake_sizes(x, w_ih, lengths, {"h_0": (h_0, outputs), "c_0": (c_0, hidden)})
+    return (
+        x.new_empty(time, batch, outputs),
+        x.new_empty(batch, outputs),
+        x.new_empty(batch, hidden),
+    )
+
+
+@torch.library.custom_op("fxprune::gru", mutates_args=())
+def _gru_marker(
+    x: Tensor,
+    h_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    y, h_n = gru(x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse)
+    return y.contiguous(), h_n.clone()
+
+
+@torch.library.custom_op("fxprune::rnn", mutates_args=())
+def _rnn_marker(
+    x: Tensor,
+    h_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor]:
+    y, h_n = rnn(x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, nonlinearity)
+    return y.contiguous(), h_n.clone()
+
+
+def _fake_single_state(
+    x: Tensor,
+    h_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    hidden = w_hh.shape[1]
+    time, batch = _fake_sizes(x, w_ih, lengths, {"h_0": (h_0, hidden)})
+    return x.new_empty(time, batch, hidden), x.new_empty(batch, hidden)
+
+
+def _fake_sizes(
+    x: Tensor,
+    w_ih: Tensor,
+    lengths: Tensor | None,
+    states: dict[str, tuple[Tensor | None, int]],
+) -> tuple[int, int]:
+    """Ties symbolic sizes to each other, and features to the weights: only then are they one."""
+    time, batch, features = x.shape
+    torch._check(features == w_ih.shape[1], lambda: f"expected {w_ih.shape[1]} features a step")
+    for state, size in states.values():
+        if state is not None:
+            torch._check(state.shape[0] == batch, lambda: "a state needs the batch of the input")
+            torch._check(state.shape[1] == size, lambda: f"a state needs {size} entries")
+    if lengths is not None:
+        torch._check(lengths.shape[0] == batch, lambda: "lengths need the batch of the input")
+    return time, batch
+
+
+_gru_marker.register_fake(_fake_single_state)
+_rnn_marker.register_fake(_fake_single_state)

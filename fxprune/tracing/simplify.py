@@ -1,0 +1,189 @@
+"""Rewrites that make a fresh program easier to analyse and change nothing it computes.
+
+The states of recurrent layers are stacked by torch's interface and mostly taken apart again by the
+user's code. Each layer's state is a tensor of its own size here, so what was stacked only to be
+selected is connected directly:
+
+* ``stack([a, b])[i]`` along the stacked dimension is ``a`` or ``b``;
+* ``stack([a, b]).view(layers, directions, ...)[i][j]`` likewise;
+* ``stack([a, b])[i:j]`` is ``stack`` of the part; ``stack([a]).squeeze(0)`` is ``a``;
+* ``zeros(n, ...)[i]`` used as an initial state is no initial state.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.tracing import recurrent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["simplify"]
+
+aten = torch.ops.aten
+
+_ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+_MOVES = (
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.view.default,
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.contiguous.default,
+    aten.expand.default,
+    aten.to.dtype,
+    aten.clone.default,
+    aten.unbind.int,
+    aten.split.Tensor,
+    aten.chunk.default,
+    operator.getitem,
+)
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Applies the rewrites of this module to a graph, in place."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.unbind.int:
+            _unbind_to_selects(graph, node)
+        elif node.target in (aten.select.int, aten.slice.Tensor, aten.squeeze.dim):
+            _take_from_stack(graph, node)
+    for node in list(graph.nodes):
+        if node.target in (recurrent.lstm, recurrent.gru, recurrent.rnn):
+            _drop_zero_states(node)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
+            graph.erase_node(node)
+
+
+def _unbind_to_selects(graph: fx.Graph, node: fx.Node) -> None:
+    dim = _argument(node, 1, "dim", 0)
+    for item in list(node.users):
+        with graph.inserting_before(item):
+            select = graph.call_function(aten.select.int, (node.args[0], dim, item.args[1]))
+        select.meta = dict(item.meta)
+        item.replace_all_uses_with(select)
+        graph.erase_node(item)
+        _take_from_stack(graph, select)
+    graph.erase_node(node)
+
+
+def _take_from_stack(graph: fx.Graph, node: fx.Node) -> None:
+    """Replaces a select, slice or squeeze of a stack by the parts it takes."""
+    source = node.args[0]
+    grid = _grid(source) if isinstance(source, fx.Node) else None
+    if grid is None:
+        return
+    parts, lead, axis = grid
+    dim = int(_argument(node, 1, "dim", 0)) % (len(lead) + _rank(parts[0]))
+    if not axis <= dim < axis + len(lead):
+        return
+    which = dim - axis
+    if node.target is aten.select.int:
+        taken = _index_grid(parts, lead, which, [int(node.args[2])])  # type: ignore[arg-type]
+        rest = [s for i, s in enumerate(lead) if i != which]
+    elif node.target is aten.squeeze.dim:
+        if lead[which] != 1:
+            return
+        taken, rest = list(parts), [s for i, s in enumerate(lead) if i != which]
+    else:
+        bounds = [_argument(node, i, name, d) for i, name, d in _SLICE_BOUNDS]
+        if not all(b is None or isinstance(b, int) for b in bounds):
+            return
+        span = range(lead[which])[slice(*bounds)]
+        taken = _index_grid(parts, lead, which, list(span))
+        rest = [len(span) if i == which else s for i, s in enumerate(lead)]
+    if taken and len(rest) < 2:
+        node.replace_all_uses_with(_stack(graph, node, taken, rest, axis))
+        graph.erase_node(node)
+
+
+_SLICE_BOUNDS = ((2, "start", None), (3, "end", None), (4, "step", 1))
+
+
+def _stack(
+    graph: fx.Graph, node: fx.Node, parts: Sequence[fx.Node], lead: Sequence[int], axis: int
+) -> fx.Node:
+    if not lead:
+        return parts[0]
+    with graph.inserting_before(node):
+        whole = graph.call_function(aten.stack.default, (list(parts), axis))
+    whole.meta = dict(node.meta)
+    return whole
+
+
+def _grid(node: fx.Node) -> tuple[list[fx.Node], list[int], int] | None:
+    """The parts of a stack, the sizes of the leading grid they form, and where it starts."""
+    if node.target is aten.stack.default:
+        parts = list(node.args[0])  # type: ignore[arg-type]
+        axis = int(_argument(node, 1, "dim", 0)) % (_rank(parts[0]) + 1)
+        return parts, [len(parts)], axis
+    if node.target in (aten.view.default, aten.reshape.default, aten.unflatten.int):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.target is not aten.stack.default:
+            return None
+        parts = list(source.args[0])  # type: ignore[arg-type]
+        if int(_argument(source, 1, "dim", 0)) != 0:
+            return None
+        return _view_grid(node, parts)
+    return None
+
+
+def _view_grid(
+    node: fx.Node, parts: list[fx.Node]
+) -> tuple[list[fx.Node], list[int], int] | None:
+    """A view that only splits the stacked dimension, such as [layers, directions, batch, hidden]."""
+    shape, part = list(node.meta["val"].shape), list(parts[0].meta["val"].shape)
+    count = len(shape) - len(part)
+    lead = shape[:count]
+    same = [str(s) for s in shape[count:]] == [str(s) for s in part]
+    if count < 1 or not same or not all(isinstance(s, int) for s in lead):
+        return None
+    total = 1
+    for size in lead:
+        total *= size
+    return (parts, lead, 0) if total == len(parts) else None
+
+
+def _index_grid(
+    parts: Sequence[fx.Node], lead: Sequence[int], which: int, keep: list[int]
+) -> list[fx.Node]:
+    index = torch.arange(len(parts)).reshape(list(lead))
+    kept = index.index_select(which, torch.tensor([k % lead[which] for k in keep], dtype=torch.int64))
+    return [parts[i] for i in kept.flatten().tolist()]
+
+
+def _drop_zero_states(node: fx.Node) -> None:
+    states = (1, 2) if node.target is recurrent.lstm else (1,)
+    for position in states:
+        state = node.args[position]
+        if isinstance(state, fx.Node) and _is_zero(state):
+            node.update_arg(position, None)
+
+
+def _is_zero(node: fx.Node) -> bool:
+    while node.target in _MOVES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "call_function" and node.target in _ZEROS
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.dim()

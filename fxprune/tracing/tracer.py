@@ -1,0 +1,308 @@
+"""``fxprune.trace``: from a user's module to a program that computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
+from fxprune.program import Call, InputSpec, Program, Refusal
+from fxprune.tracing.exporting import automatic_shapes, export
+from fxprune.tracing.importing import import_program
+from fxprune.tracing.isolation import isolated
+from fxprune.tracing.modes import Step, compare_modes, steps_of, switchable
+from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes
+from fxprune.verify import compare_outputs, tolerance_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.export import ExportedProgram
+
+__all__ = ["trace"]
+
+Place = tuple[int, int]
+"""An input leaf and one of its dimensions."""
+
+
+def trace(
+    model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None
+) -> Program:
+    """Traces a model into a program that computes the same in eval and in train mode.
+
+    The model, its tensors and its mode are left as they were, and so are the random states.
+
+    Args:
+        model: any module of tensors in, tensors out; recurrent layers, cells and packed sequences
+            included. Trained or not, in any mode, on any device.
+        example_inputs: one call's inputs: a tensor, a tuple of positional arguments, a dict of
+            keyword arguments, or a pair ``(tuple, dict)`` of both. Batch 1 will do.
+        dynamic_shapes: which dimensions may vary, as in ``torch.export.export``. By default every
+            dimension of every input may, where the model allows it; ``program.refusals`` lists
+            those that cannot, with the reason.
+
+    Returns:
+        The program. Its parameters are the model's own.
+
+    Raises:
+        ConfigError: the arguments do not make a call of the model.
+        TraceError: the model cannot be traced; the message names the place and the remedy.
+        VerificationError: the traced program does not compute what the model does.
+
+    Example:
+        >>> program = trace(torch.nn.LSTM(3, 4), torch.zeros(5, 1, 3))
+        >>> program.inputs[0].name
+        'input'
+    """
+    _refuse_unfit(model)
+    call = _own_call(example_inputs)
+    with isolated(model):
+        model.eval()
+        _run(model, call)
+        if dynamic_shapes is None:
+            program, steps = _trace_where_it_agrees(model, call)
+        else:
+            exported = export(model, call, dynamic_shapes)
+            steps = steps_of(exported)
+            program = import_program(exported, call)
+            _compare_calls(program, model, call)
+        return _with_modes(program, model, steps)
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+    for name, part in model.named_modules():
+        label = f"{name or 'the model'} ({type(part).__name__})"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(f"{label} is scripted by torch.jit; pass the Python module instead.")
+        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise TraceError(f"{label} wraps the model for several devices; pass its .module.")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter):
+            raise TraceError(f"{name} is not initialised yet; run the model once first.")
+        if tensor.is_meta:
+            raise TraceError(f"{name} is on the meta device and has no values; load weights first.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(
+                f"{name} holds NaN or infinity; pruning decisions would mean nothing. Repair or "
+                "reload the weights."
+            )
+
+
+def _own_call(example_inputs: Any) -> Call:
+    """Arguments as (args, kwargs), tensors as contiguous clones: a view would bake its size in."""
+    if isinstance(example_inputs, Tensor):
+        call: Call = ((example_inputs,), {})
+    elif isinstance(example_inputs, dict):
+        call = ((), example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        pair = len(example_inputs) == 2 and isinstance(example_inputs[0], tuple)
+        if pair and isinstance(example_inputs[1], dict):
+            call = (tuple(example_inputs[0]), dict(example_inputs[1]))
+        else:
+            call = (tuple(example_inputs), {})
+    else:
+        raise ConfigError(
+            f"example_inputs is {type(example_inputs).__name__}; give a tensor, a tuple of "
+            "positional arguments, a dict of keyword arguments, or (tuple, dict)."
+        )
+    with torch.inference_mode(False):
+        owned: Call = pytree.tree_map_only(
+            Tensor, lambda t: t.detach().clone(memory_format=torch.contiguous_format), call
+        )
+    return owned
+
+
+def _run(model: nn.Module, call: Call) -> Any:
+    """The model's outputs; its own errors say that the example inputs do not fit."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = model(*_cloned(call)[0], **_cloned(call)[1])
+    except FxpruneError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the model does not run on the example inputs: {error}. Pass inputs that "
+            f"{type(model).__name__}.forward takes."
+        ) from error
+    for leaf in pytree.tree_leaves(outputs):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise TraceError(
+                f"the model returns {type(leaf).__name__} ({leaf!r:.60}), which is no tensor. "
+                "Return tensors, or tuples, lists and dicts of them, or None."
+            )
+    return outputs
+
+
+def _cloned(call: Call) -> Call:
+    cloned: Call = pytree.tree_map_only(Tensor, torch.Tensor.clone, call)
+    return cloned
+
+
+def _trace_where_it_agrees(model: nn.Module, call: Call) -> tuple[Program, list[Step]]:
+    """Traces with all dimensions free, then fixes those where the model does not follow."""
+    fixed: dict[Place, str] = {}
+    exported = _export_freely(model, call, fixed)
+    while True:
+        steps = steps_of(exported)
+        program = import_program(exported, call)
+        _compare_calls(program, model, call)
+        wrong = _unusable_symbols(program, model)
+        if not wrong:
+            return replace(program, refusals=_fixed_dimensions(program, fixed)), steps
+        for symbol, reason in wrong.items():
+            fixed.update(dict.fromkeys(_places(program.inputs, symbol), reason))
+        exported = export(model, call, automatic_shapes(model, call, fixed))
+
+
+def _export_freely(model: nn.Module, call: Call, fixed: dict[Place, str]) -> ExportedProgram:
+    """Exports with as many free dimensions as torch.export can follow; adds others to ``fixed``."""
+    try:
+        return export(model, call, automatic_shapes(model, call))
+    except TraceError as error:
+        failure = error
+    leaves = [leaf for leaf in pytree.tree_leaves(call)]
+    places = [
+        (i, d) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) for d in range(leaf.dim())
+    ]
+    # Sizes of 1 are the usual culprits (squeeze), then the later dimensions: batch comes first.
+    singles = [(i, d) for i, d in places if leaves[i].shape[d] == 1 and d]
+    later = [place for place in places if place[1]]
+    tries = [[p] for p in (*singles, *reversed(later))]
+    tries += [singles, later, [p for p in places if p[1] != 1], places]
+    for attempt in (t for t in tries if t):
+        try:
+            exported = export(model, call, automatic_shapes(model, call, attempt))
+        except TraceError:
+            continue
+        fixed.update(dict.fromkeys(attempt, f"torch.export cannot follow it ({failure})"))
+        return exported
+    raise failure
+
+
+def _compare_calls(program: Program, model: nn.Module, call: Call) -> None:
+    """Law 1: the program computes what the model does, on two calls in a row."""
+    runnable = program.module()
+    for index in range(2):
+        expected = _run(model, call)
+        with torch.no_grad():
+            result = runnable(*_cloned(call)[0], **_cloned(call)[1])
+        difference = compare_outputs(expected, result)
+        if not difference.within(tolerance_of(expected, "equal")):
+            raise VerificationError(
+                f"the traced program differs from the model by {difference.max_abs:.3g} at "
+                f"{difference.where} (call {index + 1}). If forward draws random numbers or keeps "
+                "state, pass them in as inputs; else please report the model.",
+                pass_name="trace",
+                where=difference.where,
+                max_abs=difference.max_abs,
+                max_rel=difference.max_rel,
+            )
+
+
+def _unusable_symbols(program: Program, model: nn.Module) -> dict[str, str]:
+    """Dynamic dimensions that cannot vary, with the reason: none if all can."""
+    example = example_sizes(program)
+    runnable = program.module()
+    rigid = {
+        symbol: "the model runs at this size only"
+        for symbol, size in example.items()
+        if not any(
+            _runs(model, at_sizes(program, {**example, symbol: other}))
+            for other in _other_sizes(size)
+        )
+    }
+    if rigid:
+        return rigid
+    for sizes in candidate_sizes(example):
+        if _agrees(program, runnable, model, sizes) is not None:
+            for symbol in sizes:
+                reason = _agrees(program, runnable, model, {**example, symbol: sizes[symbol]})
+                if reason is not None:
+                    return {symbol: reason}
+            return {next(iter(sizes)): "the trace differs from the model at other sizes"}
+    return {}
+
+
+def _other_sizes(size: int) -> list[int]:
+    tries = (size + 1, 2 * size, size + 2, size - 1, 3 * size, size // 2, size + 4, size + 16)
+    return [n for n in dict.fromkeys(tries) if n > 0 and n != size]
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    try:
+        _run(model, call)
+    except FxpruneError:
+        return False
+    return True
+
+
+def _agrees(
+    program: Program, runnable: fx.GraphModule, model: nn.Module, sizes: Mapping[str, int]
+) -> str | None:
+    """None if program and model agree or the model itself rejects the sizes; else why not."""
+    call = at_sizes(program, sizes)
+    try:
+        expected = _run(model, call)
+    except FxpruneError:
+        return None
+    try:
+        with torch.no_grad():
+            result = runnable(*_cloned(call)[0], **_cloned(call)[1])
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"the traced program fails at another size: {first}"
+    difference = compare_outputs(expected, result)
+    if difference.within(tolerance_of(expected, "equal")):
+        return None
+    return "the model computes something else at another size than its trace does"
+
+
+def _places(inputs: tuple[InputSpec, ...], symbol: str) -> list[Place]:
+    return [
+        (index, dim)
+        for index, spec in enumerate(inputs)
+        for dim, size in enumerate(spec.shape or ())
+        if size == symbol
+    ]
+
+
+def _fixed_dimensions(
+    program: Program, fixed: Mapping[Place, str]
+) -> tuple[Refusal, ...]:
+    found = []
+    for index, spec in enumerate(program.inputs):
+        for dim, size in enumerate(spec.shape or ()):
+            if isinstance(size, int):
+                reason = fixed.get((index, dim), f"the model's code fixes it at {size}")
+                found.append(Refusal(f"{spec.name}[{dim}]", reason))
+    return tuple(found)
+
+
+def _with_modes(program: Program, model: nn.Module, evaluating: list[Step]) -> Program:
+    """Adds what train mode changes, from a second trace."""
+    model.train()
+    call = program.example
+    grown = at_sizes(program, {s: n + 1 for s, n in example_sizes(program).items()})
+    for attempt in (call, grown):
+        try:
+            training = export(model, attempt, automatic_shapes(model, attempt))
+            break
+        except FxpruneError as error:
+            failure = error
+    else:
+        return replace(program, mode_difference=f"train mode cannot be traced ({failure})")
+    follows, difference = compare_modes(evaluating, steps_of(training))
+    nodes = switchable(program.graph)
+    if len(nodes) != len(follows):
+        difference = difference or "dropout or batch norm on a path that tracing removed"
+        return replace(program, mode_difference=difference)
+    switches = {
+        n.name: value for n, value in zip(nodes, follows, strict=True) if value is not None
+    }
+    return replace(program, switches=switches, mode_difference=difference)

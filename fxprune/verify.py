@@ -1,0 +1,111 @@
+"""Comparing what two programs compute, with tolerances that follow from rounding.
+
+A tolerance is the stated one (:data:`EQUAL` between programs, :data:`ONNX` between runtimes) times
+the scale of the output. Chaotic recurrences amplify rounding beyond that though nothing is wrong,
+so the comparison of shrunk programs also allows ten times the change that moving the inputs by
+one unit in the last place makes in the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Difference", "compare_outputs", "rounding_effect", "tolerance_of"]
+
+EQUAL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Relative tolerance between two programs that must agree, by the precision they compute in."""
+
+ONNX = 1e-4
+"""Relative tolerance between a program and its ONNX file in onnxruntime."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two results are apart.
+
+    Attributes:
+        max_abs: largest absolute difference; infinite if structure, shape or type differ.
+        max_rel: largest difference over the largest absolute reference value of its output.
+        where: the output where ``max_rel`` was found, and what differs if it is not a value.
+    """
+
+    max_abs: float
+    max_rel: float
+    where: str
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the difference is at most ``tolerance`` times the output's scale."""
+        return self.max_rel <= tolerance
+
+
+def compare_outputs(expected: Any, actual: Any) -> Difference:
+    """Compares two results leaf by leaf.
+
+    Args:
+        expected: the reference; tensors in tuples, lists, dicts, or None.
+        actual: what must equal it.
+
+    Returns:
+        The largest differences. The scale of an output is its largest absolute reference value,
+        at least 1, so that outputs near zero are compared absolutely.
+
+    Example:
+        >>> compare_outputs(torch.tensor([2.0]), torch.tensor([2.5])).max_rel
+        0.25
+    """
+    references, structure = pytree.tree_flatten(expected)
+    results, other = pytree.tree_flatten(actual)
+    if structure != other:
+        return Difference(float("inf"), float("inf"), f"structure {other} instead of {structure}")
+    worst = Difference(0.0, 0.0, "output_0")
+    for index, (reference, result) in enumerate(zip(references, results, strict=True)):
+        found = _compare_leaf(f"output_{index}", reference, result)
+        if not found.max_rel <= worst.max_rel:
+            worst = found
+    return worst
+
+
+def _compare_leaf(name: str, expected: Any, actual: Any) -> Difference:
+    infinite = float("inf")
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        same = expected is None and actual is None
+        return Difference(0.0, 0.0, name) if same else Difference(infinite, infinite, name)
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        text = f"{name}: {list(actual.shape)} {actual.dtype} instead of "
+        return Difference(infinite, infinite, text + f"{list(expected.shape)} {expected.dtype}")
+    if expected.numel() == 0:
+        return Difference(0.0, 0.0, name)
+    wide = torch.float64 if not expected.is_complex() else torch.complex128
+    left, right = expected.detach().to(wide), actual.detach().to(wide)
+    # NaN and infinity agree where both have the same.
+    same = (left == right) | (left.isnan() & right.isnan())
+    gap = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=infinite, posinf=infinite)
+    finite = torch.where(left.isfinite(), left.abs(), 0.0)
+    max_abs = float(gap.max())
+    return Difference(max_abs, max_abs / max(1.0, float(finite.max())), name)
+
+
+def tolerance_of(expected: Any, kind: Literal["equal", "onnx"]) -> float:
+    """The stated tolerance for a result, by the least precise floating type in it."""
+    dtypes = {t.dtype for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)}
+    equal = max((EQUAL.get(d, 0.0) for d in dtypes), default=0.0) or EQUAL[torch.float32]
+    return equal if kind == "equal" else max(ONNX, equal)
+
+
+def rounding_effect(run: Callable[..., Any], call: Any, expected: Any) -> float:
+    """Relative change of a result when the floating inputs move by one unit in the last place."""
+
+    def moved(x: Tensor) -> Tensor:
+        return torch.nextafter(x, torch.full_like(x, float("inf"))) if x.is_floating_point() else x
+
+    args, kwargs = pytree.tree_map_only(Tensor, moved, call)
+    with torch.no_grad():
+        return compare_outputs(expected, run(*args, **kwargs)).max_rel
