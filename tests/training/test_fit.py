@@ -397,6 +397,7 @@ def test_a_device_that_is_not_there() -> None:
     assert module.weight.device.type == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")  # torch's own matter
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_gives_the_same_and_brings_the_module_back() -> None:
     devices: list[str] = []
