@@ -1,0 +1,164 @@
+"""Writing an ONNX file that has been checked, run and compared before it appears."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from fxprune.errors import ConfigError, LoweringError
+from fxprune.lowering.comparison import OnnxCase, compare
+from fxprune.lowering.onnx_model import lower
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.export import ExportedProgram
+
+__all__ = ["OnnxReport", "save_onnx"]
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written; ``str()`` is a table.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        nodes: number of nodes.
+        operators: number of nodes by operator.
+        sizes: labels of the cases it was compared on.
+        max_abs_error: largest absolute difference from the program over all cases.
+        opset: version of the ONNX operator set.
+        notes: what else is worth knowing, such as ``"float64 written as float32"``.
+    """
+
+    path: Path
+    bytes: int
+    nodes: int
+    operators: Mapping[str, int]
+    sizes: tuple[str, ...]
+    max_abs_error: float
+    opset: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        operators = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        rows = [
+            ("file", f"{self.path} ({self.bytes:,} bytes, opset {self.opset})"),
+            ("nodes", f"{self.nodes}: {operators}"),
+            ("compared at", "; ".join(self.sizes)),
+            ("largest error", f"{self.max_abs_error:.2g}"),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join(f"{name:<14} {text}" for name, text in rows)
+
+
+def save_onnx(
+    exported: ExportedProgram,
+    reference: Callable[..., Any],
+    cases: Sequence[OnnxCase],
+    path: str | os.PathLike[str],
+    *,
+    input_names: Sequence[str],
+    dimension_names: Mapping[str, Mapping[int, str]],
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+) -> OnnxReport:
+    """Writes a program as ONNX, after comparing it with a reference in onnxruntime.
+
+    The file appears at ``path`` whole and verified, or not at all; an older file stays until then.
+
+    Args:
+        exported: a program whose recurrent layers are fxprune's operations or ATen cells.
+        reference: computes the expected outputs, called as the program.
+        cases: inputs to compare on; they should differ in every size that varies.
+        path: where to write.
+        input_names: names of the tensor inputs, in order.
+        dimension_names: names of sizes that vary, by input and dimension.
+        opset: version of the ONNX operator set; 20 if None.
+        tolerance: allowed difference, as a share of max(1, largest absolute expected value);
+            at least 1e-2 where the program computes in 16 bits.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: the path cannot be written, or names or ``opset`` do not fit.
+        LoweringError: the program has no ONNX counterpart.
+        VerificationError: the ONNX model computes something else.
+    """
+    if not cases:
+        raise ConfigError("save_onnx got no cases; a file must be compared before it is written.")
+    with _appearing(Path(path)) as temporary:
+        lowered = lower(exported, input_names, dimension_names, opset)
+        data = lowered.model.SerializeToString()
+        _check(data)
+        _write(temporary, data)
+        error = compare(temporary, lowered, exported, reference, cases, tolerance)
+    operators = Counter(node.op_type for node in lowered.model.graph.node)
+    return OnnxReport(
+        path=Path(path),
+        bytes=len(data),
+        nodes=operators.total(),
+        operators=dict(sorted(operators.items())),
+        sizes=tuple(case.label for case in cases),
+        max_abs_error=error,
+        opset=next(o.version for o in lowered.model.opset_import if not o.domain),
+        notes=lowered.notes,
+    )
+
+
+def _check(data: bytes) -> None:
+    try:
+        onnx.checker.check_model(data, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LoweringError(
+            f"the ONNX checker refuses the model: {error}. Please report this as a defect."
+        ) from error
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """Gives an empty file beside ``path`` that takes its place only if the block succeeds."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    if target.is_dir() or (target.exists() and not os.access(target, os.W_OK)):
+        raise ConfigError(f"{path} cannot be written: it is a folder or protected; choose another.")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            temporary.touch(exist_ok=False)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        yield temporary
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written ({error.strerror}); choose a folder that exists, has room, and "
+        "that you may write to."
+    )
