@@ -14,6 +14,7 @@ that the program in it is sensible: its operators run with torch's own checks.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import secrets
@@ -86,6 +87,8 @@ def read_archive(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
 def write_archive(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Saves an exported program; the file appears whole or not at all.
 
+    Memory: the whole file is held once.
+
     Args:
         program: what to save.
         path: where; an existing file is replaced.
@@ -102,24 +105,34 @@ def write_archive(program: torch.export.ExportedProgram, path: str | os.PathLike
             f"cannot write {os.fspath(path)}: the directory {target.parent} does not exist. "
             "Create it, or choose another"
         )
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+    # Through memory: a write that fails inside torch's own writer aborts the process.
+    buffer = io.BytesIO()
     try:
-        with open(partial, "xb") as file:
-            torch.export.save(program, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {os.fspath(path)}: {error.strerror or error}. "
-            "Free space there, or choose a place that you may write to"
-        ) from error
+        torch.export.save(program, buffer)
     except Exception as error:
         raise ArchiveError(
             f"cannot write {os.fspath(path)}: {_reason(error)}. "
             "Export the program with torch.export and plain tensor operations",
             path=os.fspath(path),
         ) from error
+    try:
+        _replace(target, buffer)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {os.fspath(path)}: {error.strerror or error}. "
+            "Free space there, or choose a place that you may write to"
+        ) from error
+
+
+def _replace(target: Path, content: io.BytesIO) -> None:
+    """Writes a file beside the target, then renames it: nobody ever sees half of it."""
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -186,7 +199,7 @@ def _checked_archive(path: str, file: zipfile.ZipFile, size: int) -> _Archive:
     root = names[0].partition("/")[0] if names else ""
     archive = _Archive(path, file, root, frozenset(n.removeprefix(f"{root}/") for n in names))
     if f"{root}/archive_format" not in names:
-        raise ValueError("the file is a zip archive but no .pt2 archive")
+        raise ValueError("the file is truncated, or no .pt2 archive")
     for name in stored_members(file, size):
         member = name.removeprefix(f"{root}/")
         if not name.startswith(f"{root}/") or not _KNOWN_MEMBER.fullmatch(member):
@@ -249,6 +262,10 @@ def _sample_inputs(data: bytes) -> tuple[tuple[Any, ...], dict[str, Any]] | None
     if not data:
         return None
     inputs = unpickle(data)
-    if type(inputs) is not tuple or [type(part) for part in inputs] != [tuple, dict]:
+    if (
+        type(inputs) is not tuple
+        or [type(part) for part in inputs] != [tuple, dict]
+        or not all(str(name).isidentifier() for name in inputs[1])
+    ):
         raise ValueError("the sample inputs are not a tuple and a dictionary of arguments")
     return inputs

@@ -53,7 +53,10 @@ _POWERS = {
     "RShift": _LARGEST_SHIFT,
 }
 _GUARD_FUNCTIONS = frozenset({"max", "min", "abs", "int", "float"})
-_GUARD_MATH = frozenset({"floor", "ceil", "trunc"})
+_GUARD_QUALIFIED = frozenset(
+    {"math.ceil", "math.floor", "math.sqrt", "math.trunc"}
+    | {"torch.sym_float", "torch.sym_int", "torch.sym_max", "torch.sym_min"}
+)
 
 _BINARY = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
 _UNARY = (ast.UAdd, ast.USub, ast.Not, ast.Invert)
@@ -121,8 +124,8 @@ def _check(node: ast.expr, *, guard: bool) -> None:
             children = args
         case ast.Call() if not guard and (_is_symbol(node) or _is_float(node)):
             return
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="math"), attr=name), args=args) if (
-            guard and name in _GUARD_MATH and not node.keywords
+        case ast.Call(func=ast.Attribute() as function, args=args, keywords=[]) if (
+            guard and ast.unparse(function) in _GUARD_QUALIFIED
         ):
             children = args
         case _ if guard and _is_input_size(node):
@@ -153,7 +156,7 @@ def _check_power(base: ast.expr, exponent: ast.expr, largest: int) -> None:
 
 
 def _literal(node: ast.expr) -> float | None:
-    """``3``, ``-3``, ``0.5``, ``Integer(3)``, ``Rational(1, 2)``, ``Float('0.5', precision=53)``."""
+    """``3``, ``-3``, ``0.5``, ``Integer(3)``, ``Rational(1, 2)``, ``Float('0.5', ...)``."""
     match node:
         case ast.Constant(value=int(value) | float(value)):
             return value

@@ -26,6 +26,7 @@ __all__ = [
     "input_tree",
     "is_inert",
     "load_json",
+    "module_stack",
     "one_of",
     "operator",
     "payload",
@@ -45,8 +46,8 @@ _UNSAFE_ATEN = re.compile(
     r"save|from_file"
     # change the process, not a tensor
     r"|set_grad_enabled|set_data|_cufft_\w+|_print|warn"
-    # build tensors from unchecked parts: reads beyond their memory
-    r"|_sparse_\w+_unsafe|_nested_\w+|set_"
+    # build tensors from unchecked parts: they could reach beyond their memory
+    r"|_?sparse_\w*tensor\w*|_nested_\w+|_reshape_alias|set_"
 )
 _ARITHMETIC = frozenset(
     f"_operator.{name}"
@@ -74,6 +75,13 @@ def load_json(data: bytes) -> Any:
 def readable(text: str) -> str:
     """Texts shown to people: anything, less what would drive a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def module_stack(text: str) -> str:
+    """Names of modules that a node came from; torch may quote the parts to unflatten a program."""
+    if not text.isprintable() or set(text) & set('"\\`'):
+        raise ValueError(f"{text!r:.60} has double quotes, backslashes or control characters")
+    return text
 
 
 def is_inert(text: str) -> bool:

@@ -31,6 +31,7 @@ from fxprune.tracing.archive_rules import (
     identifier,
     inert,
     input_tree,
+    module_stack,
     one_of,
     operator,
     payload,
@@ -45,7 +46,7 @@ __all__ = ["decode"]
 T = TypeVar("T")
 
 _LARGEST_INT = 2**63
-_METADATA = ("nn_module_stack", "stack_trace", "torch_fn")
+_METADATA = {"nn_module_stack": module_stack, "stack_trace": readable, "torch_fn": readable}
 """What is kept of a node's metadata: plain texts. The rest is looked up in modules by name."""
 
 
@@ -140,9 +141,10 @@ def _text(text: str, where: str, rule: Rule | None) -> str:
 def _metadata(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} should be a dictionary")
-    kept = {key: value[key] for key in _METADATA if key in value}
     return {
-        key: _decode(str, text, f"{where}.{key}", readable, _RULES) for key, text in kept.items()
+        key: _decode(str, value[key], f"{where}.{key}", rule, _RULES)
+        for key, rule in _METADATA.items()
+        if key in value
     }
 
 
