@@ -53,7 +53,7 @@ class Constants:
             count += 1
             unique = f"{name}_{count}"
         self._taken.add(unique)
-        tensor = ir.Tensor(np.ascontiguousarray(array), name=unique)
+        tensor = ir.Tensor(np.asarray(array, order="C"), name=unique)
         value = ir.Value(
             name=unique,
             shape=ir.Shape(array.shape),

@@ -49,6 +49,7 @@ def simplify(model: ir.Model, constants: Constants) -> None:
         rewriter.rewrite(model)
         if not take_shortcuts(model, constants):
             break
+    passes.IdentityEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)

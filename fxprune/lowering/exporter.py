@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
 import torch
 from torch import fx
 from torch.export.graph_signature import OutputKind
@@ -25,12 +26,12 @@ from torch.onnx._internal.exporter import _constants, _core, _decomp, _fx_passes
 from torch.onnx._internal.exporter._errors import ConversionError
 
 from fxprune.errors import ConfigError, LoweringError
-from fxprune.lowering.markers import translations
+from fxprune.lowering.markers import marker_translations
+from fxprune.lowering.translations import extra_translations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import onnx_ir as ir
     from torch.export import ExportedProgram
 
 __all__ = ["DEFAULT_OPSET", "export_graph", "quiet"]
@@ -61,6 +62,8 @@ def export_graph(exported: ExportedProgram, opset: int) -> ir.Model:
             )
         except ConversionError as error:
             raise _failure(prepared, error) from error
+    if not _sizes_are_sound(exported):
+        _forget_shapes(program.model)
     return program.model
 
 
@@ -76,7 +79,7 @@ class _Translations:
 def _translations(opset: int) -> _Translations:
     with quiet():
         registry = _registration.ONNXRegistry.from_torchlib(opset)
-    for target, function in translations().items():
+    for target, function in (marker_translations() | extra_translations()).items():
         registry._register(
             target,
             _registration.OnnxDecompMeta(
@@ -90,13 +93,22 @@ def _translations(opset: int) -> _Translations:
 def _prepared(exported: ExportedProgram, translations: _Translations) -> ExportedProgram:
     """A copy that is functional, made of known operations as far as possible, and promoted."""
     program = copy.copy(exported)
-    program._graph_module = copy.deepcopy(exported.graph_module)
+    program._graph_module = _copied(exported.graph_module)
     _remove_checks(program.graph_module)
     if not _ready(program.graph_module, translations):
         program = exported.run_decompositions(translations.decompositions)
         _remove_checks(program.graph_module)
     _fx_passes.insert_type_promotion_nodes(program.graph_module)
     return program
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    twins: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, twins))
+    for old, new in twins.items():
+        new.name = old.name  # a copy would rename an input called `input`
+    return fx.GraphModule(module, graph)
 
 
 def _remove_checks(module: fx.GraphModule) -> None:
@@ -121,6 +133,27 @@ def _known(node: fx.Node, translations: _Translations) -> bool:
 def _mutates(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _sizes_are_sound(exported: ExportedProgram) -> bool:
+    """Whether the shapes noted in the graph hold at every size.
+
+    Where a varying size is 1 in the example, torch takes it for a broadcast in some operations:
+    ``addmm`` of a batch of 1 notes the shape [1, outputs], though it runs on any batch.
+    """
+    for node in exported.graph.find_nodes(op="placeholder"):
+        for dim in getattr(node.meta.get("val"), "shape", ()):
+            if isinstance(dim, torch.SymInt) and dim.node.hint in (None, 1):
+                return False
+    return True
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    outputs = set(model.graph.outputs)
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            rank = len(value.shape) if value.shape is not None and value in outputs else None
+            value.shape = None if rank is None else ir.Shape([None] * rank)
 
 
 def _refuse_mutation(exported: ExportedProgram) -> None:

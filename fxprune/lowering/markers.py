@@ -22,7 +22,7 @@ import fxprune.tracing.recurrent  # noqa: F401 - the two register the operations
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["DOMAIN", "PAD_PACKED", "RECURRENT", "Layer", "translations"]
+__all__ = ["DOMAIN", "PAD_PACKED", "RECURRENT", "Layer", "marker_translations"]
 
 DOMAIN = "fxprune"
 RECURRENT = "Recurrent"
@@ -79,7 +79,7 @@ class Layer:
         )
 
 
-def translations() -> dict[Any, Callable[..., Any]]:
+def marker_translations() -> dict[Any, Callable[..., Any]]:
     """What the exporter calls for each operation, by operation."""
     markers, aten = torch.ops.fxprune, torch.ops.aten
     return {

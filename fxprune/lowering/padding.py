@@ -38,7 +38,8 @@ def _lower(node: ir.Node, emit: Emitter) -> None:
     else:
         result = _fit(x, total, emit)
     if value or not _zero_beyond(x, lengths):
-        result = _fill(result, lengths, value, emit)
+        assert x.dtype is not None
+        result = _fill(result, lengths, emit.constants.scalar(value, x.dtype), emit)
     replace_value(node.outputs[0], result)
 
 
@@ -55,14 +56,13 @@ def _fit(x: ir.Value, total: ir.Value, emit: Emitter) -> ir.Value:
     return emit("Slice", emit("Pad", x, pads), ints(0), total, ints(0))
 
 
-def _fill(x: ir.Value, lengths: ir.Value, value: float, emit: Emitter) -> ir.Value:
-    """Puts ``value`` at every step at or beyond its sequence's length."""
+def _fill(x: ir.Value, lengths: ir.Value, padding: ir.Value, emit: Emitter) -> ir.Value:
+    """Puts ``padding`` at every step at or beyond its sequence's length."""
     zero, one = emit.constants.scalar(0), emit.constants.scalar(1)
     time = emit.squeeze(emit("Shape", x, start=0, end=1), 0)
     steps = emit.unsqueeze(emit("Range", zero, time, one), 1)  # [time, 1]
     valid = emit.unsqueeze(emit("Less", steps, lengths), 2)  # [time, batch, 1]
-    assert x.dtype is not None
-    return emit("Where", valid, x, emit.constants.scalar(value, x.dtype))
+    return emit("Where", valid, x, padding)
 
 
 def _zero_beyond(x: ir.Value, lengths: ir.Value) -> bool:

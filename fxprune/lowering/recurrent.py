@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["lower_recurrent"]
 
 # Operations whose result is zero where their first input is.
-_KEEP_ZERO = ("Cast", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
+_KEEP_ZERO = ("Cast", "CastLike", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
               "Unsqueeze")  # fmt: skip
 
 

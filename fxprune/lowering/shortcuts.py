@@ -4,6 +4,7 @@ Each ``_x_to_y`` looks at one node and returns what its output may be replaced b
 
     Squeeze(Unsqueeze(x, a), a), and the reverse           x
     Gather(Concat(x, y, ...; axis 0), i) of parts [1, ..]  Squeeze of the part: stack, then select
+    SequenceAt(SplitToSequence(x, 1), i): unbind           Gather(x, i)
     Concat of all outputs of one Split, in order           the input of the Split
     Gather(Transpose(x), i) with scalar i                  Gather(x, i) on the axis before
     Transpose(Reshape(Transpose(bidirectional output)))    Reshape(Transpose): batch first at once
@@ -12,6 +13,8 @@ Each ``_x_to_y`` looks at one node and returns what its output may be replaced b
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fxprune.lowering.building import (
     Constants,
@@ -83,6 +86,18 @@ def _stacked_part(node: ir.Node, index: int, emit: Emitter) -> ir.Value | None:
     return emit.squeeze(part, 0)
 
 
+def _unbound_to_gather(node: ir.Node, emit: Emitter) -> ir.Value | None:
+    split = produced_by(node.inputs[0], "SplitToSequence")
+    index = constant_array(node.inputs[1])
+    if split is None or index is None or split.attributes.get_int("keepdims", 1):
+        return None
+    size = constant_array(split.inputs[1]) if len(split.inputs) > 1 else np.array(1)
+    if size is None or size.tolist() != 1:
+        return None
+    at = emit.constants.scalar(int(index))
+    return emit("Gather", split.inputs[0], at, axis=split.attributes.get_int("axis", 0))
+
+
 def _before_transpose(node: ir.Node, emit: Emitter) -> ir.Value | None:
     transpose = produced_by(node.inputs[0], "Transpose")
     if transpose is None or "perm" not in transpose.attributes:
@@ -124,6 +139,7 @@ def _perm(node: ir.Node) -> list[int]:
 _REWRITES = {
     "Concat": _concat_split_to_input,
     "Gather": _gather_to_shorter,
+    "SequenceAt": _unbound_to_gather,
     "Squeeze": _squeeze_unsqueeze_to_input,
     "Transpose": _transpose_joined_directions,
     "Unsqueeze": _squeeze_unsqueeze_to_input,
