@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import InputError
+from fxprune.masking.masks import Masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -80,6 +81,8 @@ class Program:
         refusals: what tracing had to leave fixed, and why.
         switches: names of the dropout, batch norm and attention nodes that follow ``train()`` and
             ``eval()``, each with its flag or probability in train mode.
+        masks: what is pruned; the graph and tensors stay whole until it is shrunk.
+        states: whether recurrent states at the boundary keep their size when units go.
         mode_difference: None if train and eval mode differ in those only, else where they do.
     """
 
@@ -94,6 +97,8 @@ class Program:
     refusals: tuple[Refusal, ...] = ()
     switches: Mapping[str, float] = field(default_factory=dict)
     mode_difference: str | None = None
+    masks: Masks = field(default_factory=Masks)
+    states: Literal["keep", "shrink"] = "keep"
 
     def nodes(self, target: Any) -> list[fx.Node]:
         """The calls of one operation, in execution order."""

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.errors import TraceError
 from fxprune.tracing import recurrent
 from fxprune.tracing.packing import TracedSequence, traced_packing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["run_stack", "traced_layers"]
+__all__ = ["guarded_layers", "run_stack", "traced_layers"]
 
 _State = tuple[Tensor, ...]
 
@@ -46,6 +47,28 @@ def traced_layers() -> Iterator[None]:
             stack.callback(setattr, layer, "forward", layer.forward)
             layer.forward = _traced_forward  # type: ignore[method-assign,assignment]
         yield
+
+
+@contextmanager
+def guarded_layers() -> Iterator[None]:
+    """While active, packed layers check their initial states, which torch 2.13 reads unchecked.
+
+    Trying a user's own model at other sizes must not end the process.
+    """
+    with ExitStack() as stack:
+        for layer in (nn.LSTM, nn.GRU, nn.RNN):
+            stack.callback(setattr, layer, "forward", layer.forward)
+            layer.forward = _guarded(layer.forward)  # type: ignore[method-assign,assignment]
+        yield
+
+
+def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(module: nn.RNNBase, input: Any, hx: Any = None) -> Any:
+        if isinstance(input, PackedSequence) and hx is not None:
+            _check_states(module, int(input.batch_sizes[0]), hx if _is_lstm(module) else (hx,))
+        return forward(module, input, hx)
+
+    return checked
 
 
 def run_stack(
@@ -150,22 +173,29 @@ def _kind(module: nn.RNNBase) -> str:
 def _initial_states(
     module: nn.RNNBase, x: Tensor, hx: Any, unbatched: bool
 ) -> tuple[Tensor | None, ...]:
-    lstm = module.mode == "LSTM"
     if hx is None:
-        return (None, None) if lstm else (None,)
-    states = tuple(hx) if lstm else (hx,)
+        return (None, None) if _is_lstm(module) else (None,)
+    states = tuple(hx) if _is_lstm(module) else (hx,)
     if unbatched and states[0].dim() == 2:
         states = tuple(s.unsqueeze(1) for s in states)
+    _check_states(module, x.shape[1], states)
+    return states
+
+
+def _check_states(module: nn.RNNBase, batch: int, states: tuple[Tensor, ...]) -> None:
     count = module.num_layers * (2 if module.bidirectional else 1)
     sizes = (module.proj_size or module.hidden_size, module.hidden_size)
     for name, state, size in zip(("h_0", "c_0"), states, sizes, strict=False):
         shape = tuple(state.shape)
-        if len(shape) != 3 or shape[0] != count or shape[2] != size or x.shape[1] != shape[1]:
+        if len(shape) != 3 or shape[0] != count or shape[2] != size or shape[1] != batch:
             raise TraceError(
                 f"{type(module).__name__}: {name} has shape {shape}; expected "
                 f"[{count}, batch, {size}] with the batch of the input."
             )
-    return states
+
+
+def _is_lstm(module: nn.RNNBase) -> bool:
+    return module.mode == "LSTM"
 
 
 def _weights(module: nn.RNNBase) -> list[LayerWeights]:

@@ -13,13 +13,14 @@ from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationEr
 from fxprune.program import Call, InputSpec, Program, Refusal
 from fxprune.tracing.exporting import automatic_shapes, export
 from fxprune.tracing.importing import import_program
+from fxprune.tracing.layers import guarded_layers
 from fxprune.tracing.isolation import isolated
 from fxprune.tracing.modes import Step, compare_modes, steps_of, switchable
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes
 from fxprune.verify import compare_outputs, tolerance_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch.export import ExportedProgram
 
@@ -64,13 +65,14 @@ def trace(
         model.eval()
         _run(model, call)
         if dynamic_shapes is None:
-            program, steps = _trace_where_it_agrees(model, call)
-        else:
-            exported = export(model, call, dynamic_shapes)
-            steps = steps_of(exported)
-            program = import_program(exported, call)
-            _compare_calls(program, model, call)
-        return _with_modes(program, model, steps)
+            fixed: dict[Place, str] = {}
+            program, steps = _trace_where_it_agrees(model, call, fixed)
+            return _with_modes(program, model, steps, lambda c: automatic_shapes(model, c, fixed))
+        exported = export(model, call, dynamic_shapes)
+        steps = steps_of(exported)
+        program = import_program(exported, call)
+        _compare_calls(program, model, call)
+        return _with_modes(program, model, steps, lambda _: dynamic_shapes)
 
 
 def _refuse_unfit(model: nn.Module) -> None:
@@ -121,7 +123,7 @@ def _own_call(example_inputs: Any) -> Call:
 def _run(model: nn.Module, call: Call) -> Any:
     """The model's outputs; its own errors say that the example inputs do not fit."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), guarded_layers():
             outputs = model(*_cloned(call)[0], **_cloned(call)[1])
     except FxpruneError:
         raise
@@ -144,9 +146,10 @@ def _cloned(call: Call) -> Call:
     return cloned
 
 
-def _trace_where_it_agrees(model: nn.Module, call: Call) -> tuple[Program, list[Step]]:
-    """Traces with all dimensions free, then fixes those where the model does not follow."""
-    fixed: dict[Place, str] = {}
+def _trace_where_it_agrees(
+    model: nn.Module, call: Call, fixed: dict[Place, str]
+) -> tuple[Program, list[Step]]:
+    """Traces with all dimensions free but those the model does not follow; adds them to ``fixed``."""
     exported = _export_freely(model, call, fixed)
     while True:
         steps = steps_of(exported)
@@ -284,14 +287,19 @@ def _fixed_dimensions(
     return tuple(found)
 
 
-def _with_modes(program: Program, model: nn.Module, evaluating: list[Step]) -> Program:
+def _with_modes(
+    program: Program,
+    model: nn.Module,
+    evaluating: list[Step],
+    shapes: Callable[[Call], Any],
+) -> Program:
     """Adds what train mode changes, from a second trace."""
     model.train()
     call = program.example
     grown = at_sizes(program, {s: n + 1 for s, n in example_sizes(program).items()})
     for attempt in (call, grown):
         try:
-            training = export(model, attempt, automatic_shapes(model, attempt))
+            training = export(model, attempt, shapes(attempt))
             break
         except FxpruneError as error:
             failure = error

@@ -1,0 +1,178 @@
+"""The three connection classes, by how a block's output meets recurrent neurons.
+
+A recurrent neuron is a unit of a recurrent layer or cell, or a value on a path between two uses
+of one weight (a loop written by hand). Values that only rearrange others do not count as neurons
+of their own: a concatenation carries its parts.
+
+Source: Li et al., TNNLS 2022, as read in the project's design: recurrent weights cross the time
+step, input blocks feed recurrent neurons within one, the rest is feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxprune.analysis.neurons import Block, ConnectionClass, Neurons
+from fxprune.analysis.rules_moving import RULES as MOVING
+from fxprune.analysis.walker import operation_name
+
+if TYPE_CHECKING:
+    from fxprune.program import Program
+
+__all__ = ["classify"]
+
+_ORDER = [ConnectionClass.FEEDFORWARD, ConnectionClass.INPUT, ConnectionClass.RECURRENT]
+_LAYERS = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+
+
+def classify(neurons: Neurons, program: Program) -> Neurons:
+    """Fills in the class, source and destination of every block."""
+    roles = _uses_by_role(neurons.blocks)
+    loops = {role: _between(uses) for role, uses in roles.items() if len(uses) > 1}
+    recurrent_values = {n for nodes in loops.values() for n in nodes}
+    classes: dict[tuple[str, str], ConnectionClass] = {}
+    for role, uses in roles.items():
+        found = [_class_of(block, loops.get(role, set()), recurrent_values) for block in uses]
+        classes[role] = max(found, key=_ORDER.index)
+    group_of = neurons.group_of()
+
+    def name(ids: torch.Tensor) -> str | None:
+        groups = group_of[ids[ids >= 0].unique()]
+        groups = groups[groups >= 0]
+        return neurons.groups[int(groups.mode().values)].name if len(groups) else None
+
+    blocks = tuple(
+        replace(
+            block,
+            connection_class=classes[_role(block)],
+            source=name(block.sources),
+            destination=name(block.destinations) or "",
+        )
+        for block in neurons.blocks
+    )
+    return replace(neurons, blocks=blocks)
+
+
+def _role(block: Block) -> tuple[str, str]:
+    """A tensor in one kind of use; a tied embedding and decoder are two."""
+    return block.weight, operation_name(block.consumer)
+
+
+def _uses_by_role(blocks: tuple[Block, ...]) -> dict[tuple[str, str], list[Block]]:
+    roles: dict[tuple[str, str], list[Block]] = defaultdict(list)
+    for block in blocks:
+        roles[_role(block)].append(block)
+    return roles
+
+
+def _class_of(
+    block: Block, loop: set[fx.Node], recurrent_values: set[fx.Node]
+) -> ConnectionClass:
+    if operation_name(block.consumer) in _LAYERS:
+        leaf = _layer_argument(block)
+        return ConnectionClass.INPUT if leaf == "ih" else ConnectionClass.RECURRENT
+    if block.consumer in loop:
+        return ConnectionClass.RECURRENT
+    if _reaches_recurrent(block.consumer, recurrent_values):
+        return ConnectionClass.INPUT
+    return ConnectionClass.FEEDFORWARD
+
+
+def _layer_argument(block: Block) -> str:
+    position = list(block.consumer.args).index(block.operand)
+    first = {"lstm": 3, "lstm_cell": 2}.get(operation_name(block.consumer), 2)
+    return "ih" if position == first else "hh"
+
+
+def _between(uses: list[Block]) -> set[fx.Node]:
+    """Nodes on a path from one use of a tensor to another; the uses themselves included."""
+    consumers = {b.consumer for b in uses if operation_name(b.consumer) not in _LAYERS}
+    if len(consumers) < 2:
+        return set()
+    after = _closure(consumers, lambda n: n.users)
+    before = _closure(consumers, lambda n: n.all_input_nodes)
+    later = {c for c in consumers if c in _strictly(consumers, lambda n: n.users)}
+    if not later:
+        return set()
+    return after & before
+
+
+def _strictly(starts: set[fx.Node], step: Any) -> set[fx.Node]:
+    return _closure({m for n in starts for m in step(n)}, step)
+
+
+def _closure(starts: set[fx.Node], step: Any) -> set[fx.Node]:
+    seen, todo = set(starts), list(starts)
+    while todo:
+        for node in step(todo.pop()):
+            if node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return seen
+
+
+def _reaches_recurrent(start: fx.Node, recurrent_values: set[fx.Node]) -> bool:
+    """Whether a value reaches a recurrent neuron without passing another block of connections."""
+    seen, todo = {start}, [start]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user in seen or user.op != "call_function":
+                continue
+            name = operation_name(user)
+            if name in _LAYERS:
+                if _is_state(user, node):
+                    return True
+                continue
+            if name in _CONTRACTIONS and _through_weight(user, node):
+                continue
+            if user in recurrent_values and name not in MOVING:
+                return True
+            seen.add(user)
+            todo.append(user)
+    return False
+
+
+def _is_state(layer: fx.Node, node: fx.Node) -> bool:
+    positions = {"lstm": (1, 2)}.get(operation_name(layer), (1,))
+    states = [layer.args[i] for i in positions]
+    return any(node in s if isinstance(s, (list, tuple)) else s is node for s in states)
+
+
+_CONTRACTIONS = {
+    "linear": 1,
+    "matmul": 1,
+    "mm": 1,
+    "addmm": 2,
+    "conv1d": 1,
+    "conv2d": 1,
+    "conv3d": 1,
+    "convolution": 1,
+    "conv_transpose1d": 1,
+    "conv_transpose2d": 1,
+    "conv_transpose3d": 1,
+    "embedding": 0,
+}
+
+
+def _through_weight(user: fx.Node, node: fx.Node) -> bool:
+    """Whether the contraction's other operand is a weight, so that this is a block of its own."""
+    position = _CONTRACTIONS[operation_name(user)]
+    operands = [user.args[position]]
+    if operation_name(user) in ("matmul", "mm"):
+        operands = [a for a in user.args[:2] if a is not node]
+    return any(_is_parameter(o) for o in operands)
+
+
+def _is_parameter(node: Any) -> bool:
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        tensors = [n for n in node.all_input_nodes if n.meta.get("val") is not None]
+        if len(tensors) != 1:
+            return False
+        node = tensors[0]
+    return isinstance(node, fx.Node) and node.op == "get_attr"

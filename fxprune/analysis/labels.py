@@ -1,0 +1,112 @@
+"""Neuron arrays over tensors, and the bookkeeping of which neurons are one.
+
+A value's label is a tuple of *axes*. Each axis is an int64 tensor with as many dimensions as the
+value, of size 1 wherever it does not vary: the feature axis of ``[batch, time, 128]`` is stored as
+``[1, 1, 128]``. An element of the value belongs to one neuron per axis and is removed with any of
+them. Activations mostly have one axis; a weight has two, its rows and its columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+__all__ = ["Axis", "Ledger", "collapse", "expand", "varying"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One neuron array, and the dimension of the weight it came from, if it is still one.
+
+    Attributes:
+        ids: broadcastable to the value; -1 where there is no neuron.
+        role: dimension of the weight parameter this axis describes, or None for activations.
+    """
+
+    ids: Tensor
+    role: int | None = None
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions along which the neuron changes."""
+        return varying(self.ids)
+
+    def at(self, ids: Tensor) -> Axis:
+        """The same axis over another value."""
+        return Axis(ids, self.role)
+
+
+def varying(ids: Tensor) -> tuple[int, ...]:
+    """Dimensions of more than one position."""
+    return tuple(d for d, size in enumerate(ids.shape) if size > 1)
+
+
+def collapse(ids: Tensor) -> Tensor:
+    """Drops repetition: every dimension along which all slices are equal becomes 1."""
+    for d in range(ids.dim()):
+        if ids.shape[d] > 1:
+            first = ids.narrow(d, 0, 1)
+            if ids.stride(d) == 0 or bool((ids == first).all()):
+                ids = first
+    return ids.contiguous()
+
+
+def expand(axis: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A neuron array at the full size of its value, without copying."""
+    return axis.expand(shape)
+
+
+@dataclass
+class Ledger:
+    """Neurons handed out so far, which of them are one, and which must stay."""
+
+    count: int = 0
+    left: list[Tensor] = field(default_factory=list)
+    right: list[Tensor] = field(default_factory=list)
+    frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+
+    def fresh(self, *shape: int) -> Tensor:
+        """New neurons, one per position."""
+        size = int(np.prod(shape)) if shape else 1
+        ids = torch.arange(self.count, self.count + size, dtype=torch.int64).reshape(shape)
+        self.count += size
+        return ids
+
+    def unify(self, a: Tensor, b: Tensor) -> None:
+        """Declares neurons one, position by position with broadcasting; -1 matches nothing."""
+        if a is b:
+            return
+        a, b = torch.broadcast_tensors(a, b)
+        different = a != b
+        if bool(different.any()):
+            valid = different & (a >= 0) & (b >= 0)
+            self.left.append(a[valid])
+            self.right.append(b[valid])
+            # A neuron that meets a position without one cannot go alone.
+            self.freeze(torch.cat([a[different & (b < 0)], b[different & (a < 0)]]), _LONELY)
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        """Declares that neurons must stay, and why."""
+        ids = ids.reshape(-1)
+        ids = ids[ids >= 0]
+        if ids.numel():
+            self.frozen.append((ids, reason))
+
+    def resolve(self) -> Tensor:
+        """The neuron each number stands for: connected components, numbered by first mention."""
+        if not self.left:
+            return torch.arange(self.count, dtype=torch.int64)
+        left = torch.cat(self.left).numpy()
+        right = torch.cat(self.right).numpy()
+        edges = coo_matrix((np.ones(len(left), np.int8), (left, right)), (self.count, self.count))
+        _, component = connected_components(edges, directed=False)
+        _, first = np.unique(component, return_index=True)
+        return torch.from_numpy(first[component].astype(np.int64))
+
+
+_LONELY = "meets a position that belongs to no neuron"
