@@ -108,8 +108,9 @@ class Program:
         """A copy of the graph to work on, and the map from each node to its copy."""
         graph = fx.Graph()
         twins: dict[fx.Node, fx.Node] = {}
-        output = graph.graph_copy(self.graph, twins)
-        graph.output(output)
+        graph.graph_copy(self.graph, twins)
+        output = self.graph.output_node()
+        twins[output] = graph.output(fx.map_arg(output.args[0], twins.__getitem__))
         for old, new in twins.items():
             new.name = old.name
         return graph, twins

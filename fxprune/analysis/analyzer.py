@@ -18,7 +18,7 @@ from fxprune.analysis import (
 from fxprune.analysis.boundary import Boundary, find_boundary
 from fxprune.analysis.classes import classify
 from fxprune.analysis.labels import Axis, collapse, varying
-from fxprune.analysis.neurons import Block, Group, Neurons, Reader
+from fxprune.analysis.neurons import Block, Entry, Group, Neurons, Reader
 from fxprune.analysis.walker import Walker
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def _result(walker: Walker) -> Neurons:
             name: _numbered(walker.labels[n], number)
             for n, name in ((n, str(n.target)) for n in walker.labels if n.op == "get_attr")
         },
+        entries=tuple(Entry(c, state, number(ids)) for c, state, ids in walker.entries),
         free=free & produced,
         refusals=tuple(walker.refusals),
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fxprune.program import Refusal
 
-__all__ = ["Block", "ConnectionClass", "Group", "Neurons", "Reader"]
+__all__ = ["Block", "ConnectionClass", "Entry", "Group", "Neurons", "Reader"]
 
 
 class ConnectionClass(str, Enum):
@@ -117,6 +117,21 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A recurrent state that comes in at its external size.
+
+    Attributes:
+        consumer: the layer or cell.
+        state: the argument, whose last dimension is external.
+        neurons: what the layer keeps of it, int64 [external size].
+    """
+
+    consumer: fx.Node
+    state: fx.Node
+    neurons: Tensor
+
+
+@dataclass(frozen=True)
 class Neurons:
     """The result of the analysis of one program.
 
@@ -127,6 +142,7 @@ class Neurons:
         readers: other reads of neurons.
         labels: for every node and tensor value, the neuron arrays ("axes") over its dimensions.
         owned: for every tensor name, the neuron arrays over its dimensions.
+        entries: states at the boundary that keep their size on the way in.
         free: whether each neuron may be removed, bool [count].
         refusals: what could not be analysed and froze its neurons.
     """
@@ -137,6 +153,7 @@ class Neurons:
     readers: tuple[Reader, ...]
     labels: Mapping[fx.Node, tuple[Tensor, ...]]
     owned: Mapping[str, tuple[Tensor, ...]]
+    entries: tuple[Entry, ...]
     free: Tensor
     refusals: tuple[Refusal, ...]
 

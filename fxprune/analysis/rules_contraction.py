@@ -147,10 +147,10 @@ def _contract(w: Walker, node: fx.Node, a: Any, i: int, b: Any, j: int) -> None:
         _join_parts(w, right)
         if left.numel() == left.shape[-1] and right.numel() == right.shape[-1]:
             w.ledger.unify(left.reshape(-1), right.reshape(-1))
+            w.read(node, a, ours[0].ids, "reduction")
         else:
             # One dimension of each is left out (rows of one, columns of the other).
             w.ledger.unify(*_batched(left, right))
-        w.read(node, a, ours[0].ids, "reduction")
         return
     for axis in (*ours, *theirs):
         w.ledger.freeze(axis.ids, "contracted with a value without neurons")
@@ -382,7 +382,8 @@ def _einsum_meet(
     if letter not in result and weight is None:
         _join_parts(w, left)
         _join_parts(w, right)
-        w.read(node, operands[0], ours[0].ids, "reduction")
+        if left.numel() == left.shape[-1]:
+            w.read(node, operands[0], ours[0].ids, "reduction")
     first = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
     a, b = first(left), first(right)
     if a.shape[0] > 1 and b.shape[0] > 1 and a.shape[0] != b.shape[0]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.labels import Axis, collapse
+from fxprune.analysis.walker import operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -26,17 +27,33 @@ def move(w: Walker, node: fx.Node) -> Any:
     """Views, transposes, slices, splits: run on each axis, at the example's sizes."""
     source = node.args[0]
     shape = w.shape(source)  # type: ignore[arg-type]
-    results = [_execute(w, node, axis.ids.expand(shape)) for axis in w.label(source)]
     axes = w.label(source)
+    results = [_execute(w, node, axis.ids.expand(shape)) for axis in axes]
     if isinstance(node.meta["val"], (list, tuple)):
         parts = range(len(node.meta["val"]))
-        return [_kept(axes, [collapse(r[i]) for r in results]) for i in parts]
-    return _kept(axes, [collapse(r) for r in results])
+        return [_moved(w, axes, [r[i] for r in results]) for i in parts]
+    return _moved(w, axes, results)
 
 
-def _kept(axes: Label, moved: list[Tensor]) -> Label:
-    pairs = zip(axes, moved, strict=True)
-    return tuple(a.at(ids) for a, ids in pairs if ids.numel() > 1 or a.role is not None)
+def _moved(w: Walker, axes: Label, moved: list[Tensor]) -> Label:
+    return w.settle(a.at(collapse(ids)) for a, ids in zip(axes, moved, strict=True))
+
+
+def rigid(w: Walker, node: fx.Node) -> Any:
+    """Moves whose amounts depend on every position being there: the neurons stay."""
+    for axis in w.label(node.args[0]):
+        w.refuse(node, f"{operation_name(node)} needs all neurons", axis.ids)
+    return move(w, node)
+
+
+def cut(w: Walker, node: fx.Node) -> Any:
+    """A slice; one that skips neurons needs them all."""
+    step = node.args[4] if len(node.args) > 4 else node.kwargs.get("step", 1)
+    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(w.shape(node))  # type: ignore[arg-type]
+    if step != 1:
+        for axis in w.axes_at(node.args[0], dim):
+            w.refuse(node, "every other neuron is taken", axis.ids)
+    return move(w, node)
 
 
 def _execute(w: Walker, node: fx.Node, ids: Tensor) -> Any:
@@ -220,7 +237,7 @@ def gather(w: Walker, node: fx.Node) -> Label:
     for axis in ours:
         if not set(axis.dims) <= covered:
             w.refuse(node, "gathered with an index that does not follow the neurons", axis.ids)
-    return tuple(a for a in ours if a.ids.numel() > 1)
+    return w.settle(ours)
 
 
 def index(w: Walker, node: fx.Node) -> Label:
@@ -292,22 +309,14 @@ RULES: dict[str, Any] = {
             "mT",
             "unsqueeze",
             "squeeze",
-            "slice",
             "select",
             "narrow",
             "split",
             "split_with_sizes",
-            "tensor_split",
             "chunk",
             "unbind",
             "flip",
-            "roll",
-            "unfold",
             "swapaxes",
-            "channel_shuffle",
-            "pixel_shuffle",
-            "pixel_unshuffle",
-            "diagonal",
             "repeat_interleave",
         ),
         move,
@@ -315,6 +324,19 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(("expand", "repeat", "tile", "expand_as", "broadcast_to"), enlarge),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     **dict.fromkeys(("constant_pad_nd", "pad", "reflection_pad1d", "replication_pad1d"), pad),
+    **dict.fromkeys(
+        (
+            "roll",
+            "unfold",
+            "channel_shuffle",
+            "pixel_shuffle",
+            "pixel_unshuffle",
+            "diagonal",
+            "tensor_split",
+        ),
+        rigid,
+    ),
+    "slice": cut,
     "stack": stack,
     "getitem": getitem,
     "index_select": pick,

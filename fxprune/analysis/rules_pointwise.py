@@ -83,7 +83,7 @@ def glu(w: Walker, node: fx.Node) -> Label:
             w.ledger.unify(first, second)
             axis = axis.at(collapse(first))
         axes.append(axis)
-    return tuple(a for a in axes if a.ids.numel() > 1)
+    return w.settle(axes)
 
 
 def prelu(w: Walker, node: fx.Node) -> Label:

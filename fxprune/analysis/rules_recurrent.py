@@ -34,8 +34,8 @@ def lstm(w: Walker, node: fx.Node) -> list[Label]:
         w.ledger.unify(columns, units)
         connect(w, node, w_hr, columns.reshape(1, -1), outputs.reshape(-1, 1))
     _recur(w, node, w_hh, units, outputs, 4)
-    _state(w, h_0, outputs)
-    _state(w, c_0, units)
+    _state(w, node, h_0, outputs)
+    _state(w, node, c_0, units)
     w.units.append((node.name, units))
     return [_last(outputs, 3), _last(outputs, 2), _last(units, 2)]
 
@@ -46,7 +46,7 @@ def gated(w: Walker, node: fx.Node) -> list[Label]:
     gates = 3 if operation_name(node) == "gru" else 1
     units = _units(w, node, x, w_ih, b_ih, b_hh, gates)
     _recur(w, node, w_hh, units, units, gates)
-    _state(w, h_0, units)
+    _state(w, node, h_0, units)
     w.units.append((node.name, units))
     return [_last(units, 3), _last(units, 2)]
 
@@ -61,7 +61,7 @@ def cell(w: Walker, node: fx.Node) -> Any:
     w.units.append((node.name, units))
     states: Any = state if name == "lstm_cell" else [state]
     for s in states:
-        _state(w, s, units)
+        _state(w, node, s, units)
     result = _last(units, len(w.shape(states[0])))
     return [result, result] if name == "lstm_cell" else result
 
@@ -96,8 +96,12 @@ def _recur(
     connect(w, node, w_hh, columns.reshape(1, -1), rows.reshape(-1, 1))
 
 
-def _state(w: Walker, state: Any, neurons: Tensor) -> None:
-    if isinstance(state, fx.Node) and not w.is_boundary(state):
+def _state(w: Walker, node: fx.Node, state: Any, neurons: Tensor) -> None:
+    if not isinstance(state, fx.Node):
+        return
+    if w.is_boundary(state):
+        w.entries.append((node, state, neurons))
+    else:
         _meet(w, state, len(w.shape(state)) - 1, neurons)
 
 

@@ -110,7 +110,7 @@ def _reduced(w: Walker, node: fx.Node, kind: str) -> Label:
         if out_rank < rank:
             ids = ids.reshape([s for d, s in enumerate(ids.shape) if d not in dims])
         kept.append(axis.at(ids))
-    return tuple(a for a in kept if a.ids.numel() > 1)
+    return w.settle(kept)
 
 
 def _dims(node: fx.Node, rank: int) -> set[int]:
@@ -158,7 +158,7 @@ def pool(w: Walker, node: fx.Node) -> Any:
                 w.ledger.unify(axis.ids, axis.ids.narrow(d, 0, 1))
         index = tuple(slice(None) if d < rank - spatial else slice(0, 1) for d in range(rank))
         kept.append(axis.at(axis.ids[index]))
-    label = tuple(a for a in kept if a.ids.numel() > 1)
+    label = w.settle(kept)
     value = node.meta["val"]
     return [label] * len(value) if isinstance(value, (list, tuple)) else label
 

@@ -18,7 +18,7 @@ from fxprune.tracing import packing
 from fxprune.tracing.importing import place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from fxprune.analysis.boundary import Boundary
     from fxprune.program import Program
@@ -62,6 +62,7 @@ class Walker:
     uses: list[Use] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     units: list[tuple[str, Tensor]] = field(default_factory=list)
+    entries: list[tuple[fx.Node, fx.Node, Tensor]] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
     boundary: Boundary | None = None
@@ -73,7 +74,7 @@ class Walker:
 
     def walk(self) -> None:
         """Labels every node."""
-        self._find_sizes()
+        self.find_sizes()
         weight_nodes = self._find_weights()
         for node in self.program.graph.nodes:
             if self.boundary and node in (self.boundary.inputs | self.boundary.between):
@@ -115,8 +116,8 @@ class Walker:
         """For each dimension of a node's value whether its size is fixed."""
         return [self.static(s) for s in node.meta["val"].shape]
 
-    def _find_sizes(self) -> None:
-        """Sizes that only running tells: the longest sequence is taken to fill the time given."""
+    def find_sizes(self) -> None:
+        """Notes sizes that only running tells: the longest sequence is taken to fill the time given."""
         self._unbacked: set[Any] = set()
         for node in self.program.graph.nodes:
             if node.op == "call_function" and node.target is packing.pad_packed:
@@ -219,6 +220,19 @@ class Walker:
         self.refusals.append(Refusal(node.name, text))
         for array in ids:
             self.ledger.freeze(array, reason)
+
+    def settle(self, axes: Iterable[Axis]) -> Label:
+        """The axes of an activation; one that is down to a single position must stay.
+
+        A lone neuron cannot be told from a plain value later on, and a dimension keeps one.
+        """
+        kept = []
+        for axis in axes:
+            if axis.ids.numel() > 1 or axis.role is not None:
+                kept.append(axis)
+            else:
+                self.ledger.freeze(axis.ids, "the only one of its dimension")
+        return tuple(kept)
 
     def freeze_inputs(self, node: fx.Node, reason: str) -> None:
         """Freezes everything an operation touches."""

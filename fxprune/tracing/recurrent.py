@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fxprune.errors import InputError
 
@@ -95,9 +96,36 @@ def lstm(
     _check("LSTM", x, w_ih, lengths, {"h_0": (h_0, outputs), "c_0": (c_0, hidden)})
     h_0 = _initial(x, h_0, outputs)
     c_0 = _initial(x, c_0, hidden)
+    if w_hr is not None and outputs == hidden:
+        return _square_projection(x, h_0, c_0, (w_ih, w_hh, b_ih, b_hh), w_hr, lengths, reverse)
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
     y, (h_n, c_n) = _run(torch.lstm, x, (h_0, c_0), weights, b_ih is not None, lengths, reverse)
     return y, h_n, c_n
+
+
+def _square_projection(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    w_hr: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds a unit that stays zero: torch takes equal sizes of both states for no projection."""
+
+    def with_unit(w: Tensor | None) -> Tensor | None:
+        if w is None:
+            return None
+        gates = w.reshape(4, -1, *w.shape[1:])  # [4, hidden, ...]
+        return torch.cat([gates, gates.new_zeros(4, 1, *w.shape[1:])], 1).flatten(0, 1)
+
+    w_ih, w_hh, b_ih, b_hh = (with_unit(w) for w in weights)
+    assert w_ih is not None and w_hh is not None
+    wider = functional.pad(w_hr, (0, 1))
+    c_0 = functional.pad(c_0, (0, 1))
+    y, h_n, c_n = lstm(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, wider, lengths, reverse)
+    return y, h_n, c_n[:, :-1]
 
 
 def gru(

@@ -1,0 +1,40 @@
+"""From a program with masks to the compact program that computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxprune.masking.insertion import insert_masks
+from fxprune.masking.masks import Masks
+from fxprune.shrinking.liveness import alive_neurons, kept_neurons
+from fxprune.shrinking.shrink import Shrunk, shrink
+
+if TYPE_CHECKING:
+    from fxprune.analysis.neurons import Neurons
+    from fxprune.program import Program
+
+__all__ = ["compact_program"]
+
+
+def compact_program(program: Program, neurons: Neurons) -> Shrunk:
+    """Removes every neuron that nothing reads and bakes the masks of the rest into the weights.
+
+    Args:
+        program: the program with its masks.
+        neurons: its analysis.
+
+    Returns:
+        The smaller program, without masks; equal to the masked one up to rounding.
+    """
+    alive = alive_neurons(neurons, program.masks)
+    small = shrink(program, neurons, kept_neurons(neurons, alive))
+    masks = small.program.masks
+    with torch.no_grad():
+        for name, keep in masks.connections.items():
+            small.program.tensors[name].data.mul_(keep.to(small.program.tensors[name]))
+    # Cut neurons that had to stay physically keep their gate.
+    gated = replace(small.program, masks=Masks(masks.neurons))
+    return replace(small, program=insert_masks(gated, small.neurons))

@@ -1,0 +1,328 @@
+"""Shrinking: slices every tensor once and rewrites what mentions sizes.
+
+The result has only the neurons kept; masks on what is left stay masks of the smaller program.
+The input program is not changed, and shares no memory with the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.analysis.neurons import Entry, Neurons, Reader
+from fxprune.analysis.walker import Walker, operation_name
+from fxprune.masking.masks import Masks
+from fxprune.program import InputSpec, Kind, Program
+from fxprune.shrinking.rewriting import RULES
+from fxprune.shrinking.states import enter_state, leave_state
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Shrunk", "shrink"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A smaller program.
+
+    Attributes:
+        program: the program; its masks are those of the connections left.
+        neurons: the analysis of the original, over the smaller program's nodes.
+        kept: for every sliced tensor the kept indices per dimension; None for all.
+    """
+
+    program: Program
+    neurons: Neurons
+    kept: Mapping[str, tuple[Tensor | None, ...]]
+
+
+def shrink(program: Program, neurons: Neurons, kept: Tensor) -> Shrunk:
+    """Removes every neuron that is not kept.
+
+    Args:
+        program: the program with its masks; dead neurons are read by nothing.
+        neurons: its analysis.
+        kept: bool [neurons.count]; see :func:`fxprune.shrinking.liveness.kept_neurons`.
+    """
+    return _Shrinking(program, neurons, kept).run()
+
+
+class _Shrinking:
+    """One shrinking of one program."""
+
+    def __init__(self, program: Program, neurons: Neurons, kept: Tensor) -> None:
+        self.program, self.neurons, self.kept = program, neurons, kept
+        self.sizes = Walker(program, {})
+        self.sizes.find_sizes()
+        self.graph, self.twins = program.copy_graph()
+        self.tensors: dict[str, Tensor] = {}
+        self.slices: dict[str, tuple[Tensor | None, ...]] = {}
+
+    def run(self) -> Shrunk:
+        for name, tensor in self.program.tensors.items():
+            self.slices[name] = self._slices(name, tensor)
+            self.tensors[name] = _own(tensor, self.slices[name])
+        for node in list(self.program.graph.nodes):
+            if node.op == "call_function":
+                self._rewrite(node)
+        self._states_in()
+        self._states_out()
+        masks = self._masks()
+        kinds = {**self.program.kinds}
+        kinds.update({n: Kind.CONSTANT for n in self.tensors if n not in kinds})
+        smaller = replace(
+            self.program,
+            graph=self.graph,
+            tensors=self.tensors,
+            kinds=kinds,
+            inputs=self._inputs(),
+            example=self._example(),
+            masks=masks,
+        )
+        return Shrunk(smaller, self._neurons(), self.slices)
+
+    # What the rewriting rules ask ----------------------------------------------------------
+
+    def positions(self, value: Any, dim: int, part: int | None = None) -> Tensor | None:
+        if not isinstance(value, fx.Node):
+            return None
+        label = self.neurons.labels.get(value, ())
+        if part is not None:
+            label = label[part]
+        return self._positions(label, dim)
+
+    def size(self, value: Any) -> int:
+        return self.sizes.size(value)
+
+    def _positions(self, label: tuple[Tensor, ...], dim: int) -> Tensor | None:
+        keep: Tensor | None = None
+        for ids in label:
+            if ids.shape[dim] > 1:
+                along = self._stays(ids).movedim(dim, 0).reshape(ids.shape[dim], -1).all(1)
+                keep = along if keep is None else keep & along
+        return None if keep is None or bool(keep.all()) else keep.nonzero().reshape(-1)
+
+    def _stays(self, ids: Tensor) -> Tensor:
+        return (ids < 0) | self.kept[ids.clamp(min=0)]
+
+    # Tensors and nodes ---------------------------------------------------------------------
+
+    def _slices(self, name: str, tensor: Tensor) -> tuple[Tensor | None, ...]:
+        label = self.neurons.owned.get(name, ())
+        return tuple(self._positions(label, d) for d in range(tensor.dim()))
+
+    def _rewrite(self, node: fx.Node) -> None:
+        twin = self.twins[node]
+        name = operation_name(node)
+        if name in ("split", "chunk", "split_with_sizes"):
+            self._split(node, twin)
+        elif name == "mean":
+            self._mean(node, twin)
+        elif name == "scaled_dot_product_attention":
+            self._attention(node, twin)
+        elif name == "index_select":
+            self._index(node, twin)
+        elif name in RULES:
+            arguments = RULES[name](node, self)
+            twin.args = fx.map_arg(arguments, self.twins.__getitem__)
+
+    def _split(self, node: fx.Node, twin: fx.Node) -> None:
+        x: Any = node.args[0]
+        rank = x.meta["val"].dim()
+        dim = int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
+        if self.positions(x, dim) is None:
+            return
+        sizes = []
+        for part, value in enumerate(node.meta["val"]):
+            positions = self.positions(node, dim, part)
+            sizes.append(self.size(value.shape[dim]) if positions is None else len(positions))
+        twin.target = aten.split_with_sizes.default
+        twin.args, twin.kwargs = (twin.args[0], sizes, dim), {}
+
+    def _mean(self, node: fx.Node, twin: fx.Node) -> None:
+        """The mean keeps its divisor: what is gone counted as zero."""
+        x: Any = node.args[0]
+        rank = x.meta["val"].dim()
+        given: Any = node.args[1] if len(node.args) > 1 else list(range(rank))
+        dims = [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
+        factor = 1.0
+        for d in dims:
+            positions = self.positions(x, d)
+            if positions is not None:
+                factor *= len(positions) / self.size(x.meta["val"].shape[d])
+        if factor != 1.0:
+            with self.graph.inserting_after(twin):
+                scaled = self.graph.call_function(aten.mul.Tensor, (twin, factor))
+            scaled.meta = dict(twin.meta)
+            twin.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+    def _attention(self, node: fx.Node, twin: fx.Node) -> None:
+        query: Any = node.args[0]
+        rank = query.meta["val"].dim()
+        if self.positions(query, rank - 1) is not None and node.kwargs.get("scale") is None:
+            size = self.size(query.meta["val"].shape[-1])
+            twin.kwargs = {**twin.kwargs, "scale": size**-0.5}
+
+    def _index(self, node: fx.Node, twin: fx.Node) -> None:
+        x, dim, index = node.args[:3]
+        rank = x.meta["val"].dim()  # type: ignore[union-attr]
+        positions = self.positions(x, int(dim) % rank)  # type: ignore[arg-type]
+        if positions is None:
+            return
+        from fxprune.analysis.rules_moving import constant_value
+
+        old = constant_value(self.sizes, index)
+        assert old is not None
+        keep = torch.isin(old, positions)
+        new = torch.searchsorted(positions, old[keep])
+        with self.graph.inserting_before(twin):
+            twin.update_arg(2, self._constant("_index", new))
+
+    def _constant(self, stem: str, value: Tensor) -> fx.Node:
+        name = f"{stem}_{len(self.tensors)}"
+        device = next((t.device for t in self.program.tensors.values()), torch.device("cpu"))
+        self.tensors[name] = value.to(device)
+        return self.graph.create_node("get_attr", name)
+
+    # States at the boundary ------------------------------------------------------------------
+
+    def _states_in(self) -> None:
+        for entry in self.neurons.entries:
+            stays = self._stays(entry.neurons)
+            if bool(stays.all()):
+                continue
+            consumer, state = self.twins[entry.consumer], self.twins[entry.state]
+            with self.graph.inserting_before(consumer):
+                units = self._constant("_units", stays.nonzero().reshape(-1))
+                entered = self.graph.call_function(enter_state, (state, units))
+            _replace_state(entry, consumer, state, entered, stays)
+
+    def _states_out(self) -> None:
+        for reader in self.neurons.readers:
+            if reader.kind != "state":
+                continue
+            stays = self._stays(reader.neurons).reshape(-1)
+            if bool(stays.all()):
+                continue
+            part = self.twins[reader.operand]
+            # A unit that was cut, but had to stay physically, leaves as the zero it is.
+            shown = stays & ~torch.isin(reader.neurons.reshape(-1), self.program.masks.neurons)
+            places = torch.where(shown, stays.cumsum(0) - 1, int(stays.sum()))
+            for user in _outward(part):
+                with self.graph.inserting_before(user):
+                    node = self._constant("_places", places)
+                    left = self.graph.call_function(leave_state, (part, node))
+                left.meta = dict(part.meta)
+                user.replace_input_with(part, left)
+
+    # The rest of the program -----------------------------------------------------------------
+
+    def _masks(self) -> Masks:
+        left = self.kept[self.program.masks.neurons]
+        connections = {
+            name: _sliced(mask, self.slices[name])
+            for name, mask in self.program.masks.connections.items()
+        }
+        return Masks(self.program.masks.neurons[left], connections)
+
+    def _inputs(self) -> tuple[InputSpec, ...]:
+        placeholders = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        specs = []
+        for node, spec in zip(placeholders, self.program.inputs, strict=True):
+            if spec.shape is not None:
+                cut = [self.positions(node, d) for d in range(len(spec.shape))]
+                shape = tuple(
+                    s if c is None else len(c) for s, c in zip(spec.shape, cut, strict=True)
+                )
+                spec = InputSpec(spec.name, shape)
+            specs.append(spec)
+        return tuple(specs)
+
+    def _example(self) -> Any:
+        from torch.utils import _pytree as pytree
+
+        placeholders = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        leaves, structure = pytree.tree_flatten(self.program.example)
+        small = []
+        for node, leaf in zip(placeholders, leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                leaf = _sliced(leaf, tuple(self.positions(node, d) for d in range(leaf.dim())))
+            small.append(leaf)
+        return pytree.tree_unflatten(small, structure)
+
+    def _neurons(self) -> Neurons:
+        """The analysis over the smaller program's nodes, for the masks that are left."""
+
+        def small(ids: Tensor) -> Tensor:
+            for d in range(ids.dim()):
+                positions = self._positions((ids,), d)
+                if positions is not None:
+                    ids = ids.index_select(d, positions)
+            return ids
+
+        blocks = tuple(
+            replace(
+                b,
+                operand=self.twins[b.operand],
+                consumer=self.twins[b.consumer],
+                sources=small(b.sources),
+                destinations=small(b.destinations),
+            )
+            for b in self.neurons.blocks
+        )
+        readers = tuple(
+            Reader(self.twins[r.node], self.twins[r.operand], small(r.neurons), r.kind)
+            for r in self.neurons.readers
+            if r.kind != "state"
+        )
+        return replace(self.neurons, blocks=blocks, readers=readers, labels={}, owned={}, entries=())
+
+
+def _replace_state(
+    entry: Entry, consumer: fx.Node, state: fx.Node, entered: fx.Node, stays: Tensor
+) -> None:
+    """Only the state arguments: what else the layer reads may be the same value."""
+    cells = operation_name(entry.consumer) in ("lstm_cell",)
+    if cells:
+        states = [entered if s is state else s for s in consumer.args[1]]  # type: ignore[union-attr]
+        consumer.update_arg(1, states)
+        return
+    for position in (1, 2) if operation_name(entry.consumer) == "lstm" else (1,):
+        if consumer.args[position] is state:
+            consumer.update_arg(position, entered)
+
+
+def _outward(part: fx.Node) -> list[fx.Node]:
+    arranging = ("stack", "unsqueeze", "squeeze", "transpose", "contiguous", "clone")
+
+    def leads_out(node: fx.Node) -> bool:
+        if node.op == "output":
+            return True
+        inner = node.op == "call_function" and operation_name(node) in arranging
+        return inner and bool(node.users) and all(leads_out(u) for u in node.users)
+
+    return [u for u in list(part.users) if leads_out(u)]
+
+
+def _own(tensor: Tensor, slices: tuple[Tensor | None, ...]) -> Tensor:
+    """A tensor of its own, sliced; parameters stay parameters."""
+    with torch.no_grad(), torch.inference_mode(False):
+        owned = _sliced(tensor.detach(), slices)
+        if owned.data_ptr() == tensor.data_ptr() or owned.is_inference():
+            owned = owned.clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(owned, requires_grad=tensor.requires_grad)
+    return owned
+
+
+def _sliced(tensor: Tensor, slices: tuple[Tensor | None, ...]) -> Tensor:
+    for dim, positions in enumerate(slices):
+        if positions is not None:
+            tensor = tensor.index_select(dim, positions.to(tensor.device))
+    return tensor
