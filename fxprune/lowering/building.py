@@ -65,9 +65,7 @@ class Constants:
 
     def ints(self, *values: int) -> ir.Value:
         """A one-dimensional int64 constant."""
-        return self.derived(
-            ("ints", values), lambda: np.array(values, dtype=np.int64), "ints"
-        )
+        return self.derived(("ints", values), lambda: np.array(values, dtype=np.int64), "ints")
 
     def scalar(self, value: float, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         """A constant without dimensions."""
@@ -75,17 +73,13 @@ class Constants:
             ("scalar", value, dtype), lambda: np.array(value, dtype.numpy()), "scalar"
         )
 
-    def derived(
-        self, key: Hashable, compute: Callable[[], NDArray[Any]], name: str
-    ) -> ir.Value:
+    def derived(self, key: Hashable, compute: Callable[[], NDArray[Any]], name: str) -> ir.Value:
         """The constant made before under ``key``, or a new one."""
         if key not in self._derived:
             self._derived[key] = self.add(compute(), name)
         return self._derived[key]
 
-    def weight(
-        self, key: Hashable, compute: Callable[[], NDArray[Any]], source: str
-    ) -> ir.Value:
+    def weight(self, key: Hashable, compute: Callable[[], NDArray[Any]], source: str) -> ir.Value:
         """As :meth:`derived`, named after a parameter, whose own name it gets if that vanishes."""
         value = self.derived(key, compute, source)
         value.meta[FOLDED_FROM_KEY] = {source}

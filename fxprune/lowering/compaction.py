@@ -13,6 +13,8 @@ from fxprune.lowering.markers import DOMAIN
 from fxprune.lowering.shortcuts import take_shortcuts
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from fxprune.lowering.building import Constants
 
 __all__ = ["fold_constants", "share_weights", "simplify", "strip"]
@@ -47,9 +49,9 @@ def simplify(model: ir.Model, constants: Constants) -> None:
     for _ in range(_ROUNDS):
         fold_constants(model)
         rewriter.rewrite(model)
+        passes.IdentityEliminationPass()(model)
         if not take_shortcuts(model, constants):
             break
-    passes.IdentityEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
@@ -59,15 +61,15 @@ def simplify(model: ir.Model, constants: Constants) -> None:
     passes.OutputFixPass()(model)
 
 
-def strip(model: ir.Model) -> None:
-    """Takes out metadata and inner shapes; folded weights get their parameter's name back."""
-    _restore_names(model.graph)
+def strip(model: ir.Model, names: Collection[str]) -> None:
+    """Takes out metadata.
+
+    Args:
+        model: the model.
+        names: of the program's tensors. What was computed from one gets its name if that is free.
+    """
+    _restore_names(model.graph, names)
     passes.ClearMetadataAndDocStringPass()(model)
-    outputs = set(model.graph.outputs)
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if value not in outputs:
-                value.shape, value.type = None, None
 
 
 def _worth_folding(node: ir.Node) -> bool | None:
@@ -104,12 +106,12 @@ def _product(shape: ir.Shape) -> int:
     return product
 
 
-def _restore_names(graph: ir.Graph) -> None:
+def _restore_names(graph: ir.Graph, names: Collection[str]) -> None:
     taken = {v.name for v in graph.inputs} | set(graph.initializers)
     taken |= {v.name for n in graph.all_nodes() for v in n.outputs}
     for value in list(graph.initializers.values()):
         sources = sorted(value.meta.get(FOLDED_FROM_KEY, ()))
-        named = [name for name in sources if "." in name and name not in taken]
+        named = [name for name in sources if name in names and name not in taken]
         if len(named) == 1:
             taken.add(named[0])
             value.name = named[0]

@@ -91,9 +91,7 @@ def _session(path: Path) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4  # everything that matters raises
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise LoweringError(
             f"onnxruntime does not load the model: {error}. Try another opset; if none helps, "
@@ -127,7 +125,7 @@ def _array(value: Any, reduced: bool) -> NDArray[Any]:
     value = value.detach().cpu()
     if reduced and value.dtype in _REDUCED:
         value = value.float()
-    return np.ascontiguousarray(value.numpy())
+    return np.asarray(value.numpy(), order="C")
 
 
 @dataclass(frozen=True)
@@ -171,8 +169,8 @@ class _Check:
     ) -> None:
         """Every declared size is right, and a named size is the same everywhere."""
         sizes: dict[str, int] = {}
-        arrays = [*feed.values(), *outputs]
-        for value, array in zip([*session.get_inputs(), *session.get_outputs()], arrays, strict=True):
+        values = [*session.get_inputs(), *session.get_outputs()]
+        for value, array in zip(values, [*feed.values(), *outputs], strict=True):
             if len(value.shape) != array.ndim:
                 raise self.failure(value.name, f"declared {value.shape}, but is {array.shape}")
             for declared, size in zip(value.shape, array.shape, strict=True):

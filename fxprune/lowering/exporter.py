@@ -62,9 +62,12 @@ def export_graph(exported: ExportedProgram, opset: int) -> ir.Model:
             )
         except ConversionError as error:
             raise _failure(prepared, error) from error
+    model = program.model
+    model.opset_imports.setdefault("", _constants.TORCHLIB_OPSET)  # absent if all is recurrent
+    _settle_sizes(model)
     if not _sizes_are_sound(exported):
-        _forget_shapes(program.model)
-    return program.model
+        _forget_shapes(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def _prepared(exported: ExportedProgram, translations: _Translations) -> Exporte
         program = exported.run_decompositions(translations.decompositions)
         _remove_checks(program.graph_module)
     _fx_passes.insert_type_promotion_nodes(program.graph_module)
+    _drop_constant_outputs(program.graph_module.graph)
     return program
 
 
@@ -116,6 +120,12 @@ def _remove_checks(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
 
 
+def _drop_constant_outputs(graph: fx.Graph) -> None:
+    """Puts None for numbers and texts that the program returns: the exporter stops at them."""
+    (output,) = graph.find_nodes(op="output")
+    output.args = (tuple(a if isinstance(a, fx.Node) else None for a in output.args[0]),)
+
+
 def _ready(module: fx.GraphModule, translations: _Translations) -> bool:
     return not any(m is not module for m in module.modules()) and all(
         _known(node, translations) and not _mutates(node) for node in module.graph.nodes
@@ -123,9 +133,9 @@ def _ready(module: fx.GraphModule, translations: _Translations) -> bool:
 
 
 def _known(node: fx.Node, translations: _Translations) -> bool:
-    if node.op != "call_function" or node.target is operator.getitem:
-        return True
     target = node.target
+    if node.op != "call_function" or isinstance(target, str) or target is operator.getitem:
+        return True
     onnx_operation = isinstance(target, torch._ops.OpOverload) and target.namespace == "onnx"
     return onnx_operation or translations.registry.is_registered(target)
 
@@ -133,6 +143,19 @@ def _known(node: fx.Node, translations: _Translations) -> bool:
 def _mutates(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _settle_sizes(model: ir.Model) -> None:
+    """Turns symbols that export found to be fixed, and that are named "5", into that number."""
+    values = [v for node in model.graph.all_nodes() for v in node.outputs]
+    for value in [*model.graph.inputs, *values]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_settled(dim) for dim in value.shape])
+
+
+def _settled(dim: int | ir.SymbolicDim) -> int | str | None:
+    value = dim if isinstance(dim, int) else dim.value
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _sizes_are_sound(exported: ExportedProgram) -> bool:
@@ -143,7 +166,7 @@ def _sizes_are_sound(exported: ExportedProgram) -> bool:
     """
     for node in exported.graph.find_nodes(op="placeholder"):
         for dim in getattr(node.meta.get("val"), "shape", ()):
-            if isinstance(dim, torch.SymInt) and dim.node.hint in (None, 1):
+            if not str(dim).isdecimal() and dim.node.hint in (None, 1):
                 return False
     return True
 
@@ -187,10 +210,11 @@ def _failure(program: ExportedProgram, error: ConversionError) -> LoweringError:
 
 
 def _untranslated(node: fx.Node, problem: str) -> LoweringError:
+    operation = node.meta.get("original_aten", node.target)  # as it was before decomposition
     trace = str(node.meta.get("stack_trace") or "").strip()
     place = f"\nIt comes from:\n{trace}" if trace else ""
     return LoweringError(
-        f"operation {node.target} (node {node.name}) {problem}. Write this part of the model with "
+        f"operation {operation} (node {node.name}) {problem}. Write this part of the model with "
         f"other operations, or leave it out of the exported model.{place}",
         node=node.name,
     )

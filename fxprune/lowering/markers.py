@@ -99,9 +99,7 @@ def _record(
 ) -> Sequence[ir.Value]:
     """Adds a node to the graph that the exporter is building."""
     recorder: Any = onnxscript.evaluator.default()
-    node = ir.node(
-        op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs
-    )
+    node = ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs)
     recorder.nodes.append(node)
     return node.outputs
 

@@ -85,7 +85,7 @@ def lower(
         precision, notes = _lower_graph(model)
         _check_opset(model, opset)
         name_boundary(model, input_names, dimension_names)
-        strip(model)
+        strip(model, exported.state_dict.keys() | exported.constants.keys())
     model.producer_name, model.producer_version = "fxprune", None
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     if size > _LIMIT:
@@ -96,7 +96,9 @@ def lower(
     notes += tuple(
         f"output {i} is always {value!r} and left out" for i, value in signature.constants.items()
     )
-    return Lowered(ir.to_proto(model), signature, precision, notes)
+    proto = ir.to_proto(model)
+    proto.graph.ClearField("value_info")  # shapes inside follow from those of the inputs
+    return Lowered(proto, signature, precision, notes)
 
 
 def _lower_graph(model: ir.Model) -> tuple[ir.DataType | None, tuple[str, ...]]:

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["lower_recurrent"]
 
 # Operations whose result is zero where their first input is.
-_KEEP_ZERO = ("Cast", "CastLike", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
-              "Unsqueeze")  # fmt: skip
+_KEEP_ZERO = frozenset(
+    "Cast CastLike Expand Gather Identity Reshape Slice Squeeze Transpose Unsqueeze".split()
+)
 
 
 def lower_recurrent(model: ir.Model, constants: Constants) -> tuple[str, ...]:
@@ -125,14 +126,10 @@ def _is_zero(value: ir.Value | None) -> bool:
 
 
 def _state_enters_as_input(layer: Layer) -> bool:
-    return (
-        layer.w_hr is not None and layer.h_0 is not None and inverse_projection(layer) is None
-    )
+    return layer.w_hr is not None and layer.h_0 is not None and inverse_projection(layer) is None
 
 
-def _initial_output(
-    layers: Sequence[Layer], weights: Weights, emit: Emitter
-) -> ir.Value | None:
+def _initial_output(layers: Sequence[Layer], weights: Weights, emit: Emitter) -> ir.Value | None:
     h_0 = _stacked([layer.h_0 for layer in layers], emit)
     if h_0 is None or layers[0].w_hr is None:
         return h_0

@@ -75,7 +75,7 @@ def _gather_to_shorter(node: ir.Node, emit: Emitter) -> ir.Value | None:
 
 def _stacked_part(node: ir.Node, index: int, emit: Emitter) -> ir.Value | None:
     stack = produced_by(node.inputs[0], "Concat")
-    if stack is None or node.attributes.get_int("axis", 0) or stack.attributes["axis"].as_int():
+    if stack is None or _axis(node) or _axis(stack):
         return None
     if any(v is None or v.shape is None or v.shape[0] != 1 for v in stack.inputs):
         return None
@@ -89,13 +89,15 @@ def _stacked_part(node: ir.Node, index: int, emit: Emitter) -> ir.Value | None:
 def _unbound_to_gather(node: ir.Node, emit: Emitter) -> ir.Value | None:
     split = produced_by(node.inputs[0], "SplitToSequence")
     index = constant_array(node.inputs[1])
-    if split is None or index is None or split.attributes.get_int("keepdims", 1):
+    if split is None or index is None:
+        return None
+    if "keepdims" not in split.attributes or split.attributes["keepdims"].as_int():
         return None
     size = constant_array(split.inputs[1]) if len(split.inputs) > 1 else np.array(1)
     if size is None or size.tolist() != 1:
         return None
     at = emit.constants.scalar(int(index))
-    return emit("Gather", split.inputs[0], at, axis=split.attributes.get_int("axis", 0))
+    return emit("Gather", split.inputs[0], at, axis=_axis(split))
 
 
 def _before_transpose(node: ir.Node, emit: Emitter) -> ir.Value | None:
@@ -103,7 +105,7 @@ def _before_transpose(node: ir.Node, emit: Emitter) -> ir.Value | None:
     if transpose is None or "perm" not in transpose.attributes:
         return None
     order = list(transpose.attributes["perm"].as_ints())
-    axis = order.pop(node.attributes.get_int("axis", 0))
+    axis = order.pop(_axis(node))
     if order != sorted(order):
         return None
     return emit("Gather", transpose.inputs[0], node.inputs[1], axis=axis)
@@ -114,7 +116,7 @@ def _concat_split_to_input(node: ir.Node, emit: Emitter) -> ir.Value | None:
     split = produced_by(first, "Split")
     if split is None or tuple(node.inputs) != tuple(split.outputs):
         return None
-    same_axis = node.attributes["axis"].as_int() == split.attributes.get_int("axis", 0)
+    same_axis = _axis(node) == _axis(split)
     return split.inputs[0] if same_axis else None
 
 
@@ -130,6 +132,10 @@ def _transpose_joined_directions(node: ir.Node, emit: Emitter) -> ir.Value | Non
         return None
     by_batch = emit("Transpose", inner.inputs[0], perm=[2, 0, 1, 3])
     return emit("Reshape", by_batch, reshape.inputs[1])
+
+
+def _axis(node: ir.Node) -> int:
+    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
 
 
 def _perm(node: ir.Node) -> list[int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import onnxscript
 import torch
-from onnxscript import opset18 as op
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["extra_translations"]
+
+op: Any = onnxscript.opset18  # its annotations speak of tensors; while recording it takes values
 
 
 def extra_translations() -> dict[Any, Callable[..., Any]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.lowering.building import Constants, Emitter, constant_array
+from fxprune.lowering.building import Emitter, constant_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
