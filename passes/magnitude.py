@@ -1,0 +1,202 @@
+"""Magnitude pruning: what weighs least goes.
+
+    removed = the floor(sparsity * n + 1e-9) lowest of n scores, in one step
+    score   = mean of |w| ** norm over the weights of a candidate
+
+Structures:
+    1. ``connection``: single entries of weights, masked.
+    2. ``row``, ``column``: of one weight as a matrix of outputs by all else (one gate's row is a
+       row); masked. A convolution's column is one input channel at one place of the kernel; an
+       embedding's is a row of its table, since it produces channels.
+    3. ``neuron``: neurons, scored over the weights that begin or end at them, cut off.
+
+Left alone, each with its reason: what is protected or gone; tensors of one dimension, and those
+that no operation contracts with; frozen neurons (for structure ``neuron``); the best neuron of a
+group, row or column of a weight, where all would have gone.
+
+Source: Han, Pool, Tran, Dally, "Learning both weights and connections for efficient neural
+networks", https://arxiv.org/abs/1506.02626.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fxprune.contract import (
+    Effect,
+    Facts,
+    NeuronAnalysis,
+    Pass,
+    PassResult,
+    Refusal,
+    check_choice,
+    check_number,
+)
+from fxprune.errors import PreconditionError
+from fxprune.masking.prunable import Prunable, Weight, find_prunable
+from fxprune.masking.scores import neuron_scores, position_scores
+from fxprune.masking.selection import select_connections, select_lowest
+from fxprune.policy import protected
+
+if TYPE_CHECKING:
+    from fxprune.masking.masks import Masks
+    from fxprune.program import Program
+
+__all__ = ["Magnitude"]
+
+STRUCTURES = ("connection", "row", "column", "neuron")
+SCOPES = ("group", "global", "class")
+
+
+@dataclass(frozen=True)
+class Magnitude(Pass):
+    """Removes what has the smallest magnitude, once.
+
+    Attributes:
+        sparsity: the fraction to remove of what may be pruned, in [0, 1).
+        structure: what is removed: "neuron" (default), "row", "column" or "connection".
+        scope: among which candidates the fraction is taken: "group" (default), each neuron group,
+            or each weight, for itself; "class", each connection class (for neurons: recurrent
+            ones and the rest); "global", all.
+        norm: the power of the magnitudes, 1 (default) or 2.
+
+    Raises:
+        ConfigError: an option is out of range.
+
+    Example:
+        >>> str(Magnitude(0.9, structure="connection"))
+        'magnitude{sparsity=0.9,structure=connection}'
+    """
+
+    effect = Effect.LOSSY
+    needs = (NeuronAnalysis,)
+    keeps = frozenset({NeuronAnalysis})
+
+    sparsity: float
+    structure: Literal["connection", "row", "column", "neuron"] = "neuron"
+    scope: Literal["group", "global", "class"] = "group"
+    norm: Literal[1, 2] = 1
+
+    def __post_init__(self) -> None:
+        check_number(self, "sparsity", 0, 1)
+        check_choice(self, "structure", STRUCTURES)
+        check_choice(self, "scope", SCOPES)
+        check_choice(self, "norm", (1, 2))
+
+    def requires(self, program: Program, facts: Facts) -> None:
+        """Where neurons are to go, some neuron must be free to.
+
+        Raises:
+            PreconditionError: every neuron is frozen; with the reasons.
+        """
+        neurons = facts[NeuronAnalysis]
+        if self.structure != "neuron" or self.sparsity == 0 or bool(neurons.free.any()):
+            return
+        reasons = "; ".join(f"{g.name}: {g.reason}" for g in neurons.groups[:8])
+        raise PreconditionError(
+            f"no neuron of this model may be removed ({reasons or 'it has none'}). Prune "
+            "connections instead, or give the model a hidden layer.",
+            pass_name=self.name,
+        )
+
+    def run(self, program: Program, facts: Facts) -> PassResult:
+        """Adds to the masks of the program."""
+        neurons = facts[NeuronAnalysis]
+        found = find_prunable(program, neurons, protected(program, neurons, facts.context.protect))
+        if self.structure == "neuron":
+            masks, refusals = self._cut_neurons(program.masks, found)
+        elif self.structure == "connection":
+            masks, refusals = self._mask_connections(program.masks, found)
+        else:
+            masks, refusals = self._mask_positions(program.masks, found)
+        changed = not masks.same_as(program.masks)
+        return PassResult(replace(program, masks=masks) if changed else program, changed, refusals)
+
+    def _cut_neurons(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
+        groups = found.neurons.groups
+        group_of = found.neurons.group_of()
+        scores = neuron_scores(found.weights, found.neurons.count, self.norm)
+        able = found.candidates & (group_of >= 0) & scores.isfinite()
+        candidates = able.nonzero().flatten()
+        group = group_of[candidates]
+        recurrent = torch.tensor([g.recurrent for g in groups], dtype=torch.int64)
+        # A group in which some neuron stays anyway needs no floor.
+        staying = found.living & ~able
+        floor = torch.tensor([not bool(staying[g.neurons].any()) for g in groups], dtype=torch.bool)
+        goes, floored = select_lowest(
+            scores[candidates], self._scope(group, recurrent), group, floor, self.sparsity
+        )
+        unscored = found.candidates & ~able
+        refusals = (
+            *found.kept_neurons,
+            *(
+                Refusal(g.name, "some neurons have no finite weights to be judged by")
+                for g in groups
+                if bool(unscored[g.neurons].any())
+            ),
+            *(_floor_refusal(groups[i].name) for i in floored.nonzero().flatten().tolist()),
+        )
+        return masks.cut_neurons(candidates[goes]), refusals
+
+    def _mask_connections(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
+        weights = found.maskable
+        scope = self._scope(torch.arange(len(weights)), _classes(weights)).tolist()
+        for number in sorted(set(scope)):
+            together = [w for w, s in zip(weights, scope, strict=True) if s == number]
+            masks = masks.cut_connections(select_connections(together, self.sparsity))
+        return masks, found.kept_weights
+
+    def _mask_positions(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
+        weights = found.maskable
+        dims = [_position_dims(w, self.structure) for w in weights]
+        measured = [position_scores(w, d, self.norm) for w, d in zip(weights, dims, strict=True)]
+        if not measured:
+            return masks, found.kept_weights
+        left = torch.cat([able for _, able in measured])
+        group = torch.repeat_interleave(
+            torch.arange(len(weights)), torch.tensor([len(able) for _, able in measured])
+        )
+        goes = torch.zeros_like(left)
+        goes[left], floored = select_lowest(
+            torch.cat([scores for scores, _ in measured])[left],
+            self._scope(group[left], _classes(weights)),
+            group[left],
+            torch.ones(len(weights), dtype=torch.bool),
+            self.sparsity,
+        )
+        keep = {}
+        for weight, along, gone in zip(
+            weights, dims, goes.split([len(able) for _, able in measured]), strict=True
+        ):
+            if bool(gone.any()):
+                shape = [n if d in along else 1 for d, n in enumerate(weight.tensor.shape)]
+                stays = ~gone.reshape(shape).to(weight.tensor.device)
+                keep[weight.name] = stays.expand(weight.tensor.shape).contiguous()
+        kept = tuple(_floor_refusal(weights[i].name) for i in floored.nonzero().flatten().tolist())
+        return masks.cut_connections(keep), (*found.kept_weights, *kept)
+
+    def _scope(self, group: Tensor, class_of_group: Tensor) -> Tensor:
+        """Which candidates compete, from their groups."""
+        if self.scope == "group":
+            return group
+        return class_of_group[group] if self.scope == "class" else torch.zeros_like(group)
+
+
+def _classes(weights: tuple[Weight, ...]) -> Tensor:
+    order = sorted({w.connection_class for w in weights})
+    return torch.tensor([order.index(w.connection_class) for w in weights], dtype=torch.int64)
+
+
+def _position_dims(weight: Weight, structure: str) -> tuple[int, ...]:
+    """A row is one position along the outputs; a column one along all other dimensions."""
+    if structure == "row":
+        return weight.output_dims
+    return tuple(d for d in range(weight.tensor.dim()) if d not in weight.output_dims)
+
+
+def _floor_refusal(name: str) -> Refusal:
+    return Refusal(name, "kept its best one, though it was among the lowest: none may go empty")
