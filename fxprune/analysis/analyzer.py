@@ -128,7 +128,13 @@ def _result(walker: Walker) -> Neurons:
         groups=groups,
         blocks=blocks,
         readers=tuple(
-            Reader(r.node, r.operand, number(r.neurons), r.kind) for r in walker.reads
+            Reader(
+                r.node,
+                r.operand,
+                number(r.neurons) if r.kind == "state" else collapse(number(r.neurons)),
+                r.kind,
+            )
+            for r in walker.reads
         ),
         labels={n: _numbered(label, number) for n, label in walker.labels.items()},
         owned={
