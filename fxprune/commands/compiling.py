@@ -1,0 +1,64 @@
+"""``fxprune compile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import fxprune
+from fxprune.commands.loading import check_target, load_subject
+from fxprune.errors import ConfigError
+from fxprune.passes import table
+from fxprune.policy import as_policy
+
+__all__ = ["run"]
+
+
+def run(
+    model: str,
+    policy: str,
+    *,
+    onnx: Path | None,
+    save: Path | None,
+    report: Path | None,
+    opset: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """Compiles a model and writes what was asked for.
+
+    Args:
+        model: see :func:`fxprune.commands.loading.load_subject`.
+        policy: its text form, or the path of a TOML file.
+        onnx: where the ONNX file goes.
+        save: where the compact archive goes.
+        report: where the report goes, as JSON.
+        opset: version of the ONNX operator set.
+        say: shows text to the user.
+
+    Raises:
+        FxpruneError: something stands in the way; a file that is not complete is not written.
+    """
+    for target in (onnx, save, report):
+        check_target(target)
+    prepared = as_policy(policy, table())  # a wrong policy is told before the model is traced
+    subject = load_subject(model)
+    compact = fxprune.compile(
+        subject.model, prepared, example_inputs=subject.example_inputs, task=subject.task
+    )
+    say(str(compact.report))
+    if report is not None:
+        _write(report, compact.report.to_json() + "\n")
+    if save is not None:
+        compact.save(save)
+        say(f"\nsaved {save} ({save.stat().st_size:,} bytes)")
+    if onnx is not None:
+        say(f"\n{compact.save_onnx(onnx, opset=opset)}")
+    if onnx is save is report is None:
+        say("\nnothing was written: name an ONNX file with -o, or an archive with --save")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}.") from error
