@@ -35,7 +35,7 @@ Batch = tuple[Tensor, Tensor]
 class DigitReader(nn.Module):
     """A GRU of two layers between two linear ones."""
 
-    def __init__(self, hidden: int = 96) -> None:
+    def __init__(self, hidden: int = 128) -> None:
         super().__init__()
         self.embed = nn.Linear(8, 32)
         self.gru = nn.GRU(32, hidden, num_layers=2, batch_first=True)
@@ -105,7 +105,7 @@ def accuracy(model: Callable[[Tensor], Tensor], data: Batch) -> float:
 
 
 def run(
-    output: Path, *, say: Callable[[str], None] = print, epochs: int = 20, hidden: int = 96
+    output: Path, *, say: Callable[[str], None] = print, epochs: int = 20, hidden: int = 128
 ) -> None:
     """Trains, compiles and measures; leaves the compact ONNX file.
 

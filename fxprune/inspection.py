@@ -15,7 +15,7 @@ from fxprune.program import Program
 from fxprune.tables import render_pairs, render_table
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from fxprune.analysis.neurons import Block, Group, Neurons
     from fxprune.program import Refusal
@@ -122,10 +122,10 @@ def connection_graph(groups: tuple[Group, ...], blocks: tuple[Block, ...]) -> nx
     """Makes the graph of groups and blocks, with plain attributes (str, int, bool).
 
     A node is a group: ``size``, ``recurrent``, ``frozen``, ``reason``, and ``order`` of execution.
-    A block that comes from no neuron (an embedding, or a layer that reads the model's input) has a
-    node of its own as its source, whose ``kind`` is ``"inputs"`` instead of ``"neurons"``. An edge
-    is a block, its key the block's name: ``weight``, ``connection_class``, ``shape`` and the number
-    of ``connections``.
+    Where a block begins or ends at no neurons (the rows of an embedding, attention heads of a
+    fixed size) it has a node of its own there, whose ``kind`` is ``"inputs"`` or ``"outputs"``
+    instead of ``"neurons"``. An edge is a block, its key the block's name: ``weight``,
+    ``connection_class``, ``shape`` and the number of ``connections``.
 
     Args:
         groups: the neuron groups.
@@ -144,19 +144,14 @@ def connection_graph(groups: tuple[Group, ...], blocks: tuple[Block, ...]) -> nx
         )
     for block in blocks:
         source = block.source or f"inputs of {block.weight}"
-        if block.source is None:
-            graph.add_node(
-                source,
-                kind="inputs",
-                size=math.prod(block.shape) // max(1, block.destinations.numel()),
-                recurrent=False,
-                frozen=True,
-                reason="they are no neurons",
-                order=-1,
-            )
+        destination = block.destination or f"outputs of {block.weight}"
+        if not block.source:
+            _add_end(graph, source, "inputs", block, block.destinations, -1)
+        if not block.destination:
+            _add_end(graph, destination, "outputs", block, block.sources, len(groups))
         graph.add_edge(
             source,
-            block.destination,
+            destination,
             key=block.name,
             weight=block.weight,
             connection_class=block.connection_class.value,
@@ -164,6 +159,21 @@ def connection_graph(groups: tuple[Group, ...], blocks: tuple[Block, ...]) -> nx
             connections=math.prod(block.shape),
         )
     return graph
+
+
+def _add_end(
+    graph: nx.MultiDiGraph, name: str, kind: str, block: Block, far: Tensor, order: int
+) -> None:
+    """Adds the end of a block where there are no neurons."""
+    graph.add_node(
+        name,
+        kind=kind,
+        size=math.prod(block.shape) // max(1, far.numel()),
+        recurrent=False,
+        frozen=True,
+        reason="they are no neurons",
+        order=order,
+    )
 
 
 def _program_of(model_or_program: Any, example_inputs: Any, dynamic_shapes: Any) -> Program:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import networkx as nx
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.drawing import layers_of
+from fxprune.drawing import draw, layers_of
 from fxprune.errors import ConfigError
-from fxprune.inspection import View, inspect
+from fxprune.inspection import View, connection_graph, inspect
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 
@@ -78,6 +79,17 @@ def test_blocks_from_no_neuron_have_a_source_of_their_own(view: View) -> None:
     assert source == "inputs of table.weight"
     assert view.graph.nodes[source]["size"] == 9
     assert [k for _, _, k in view.graph.out_edges(source, keys=True)] == ["table.weight"]
+
+
+def test_blocks_to_no_neuron_have_a_destination_of_their_own(view: View, tmp_path: Path) -> None:
+    *_, block = view.blocks
+    nowhere = replace(block, destination="", destinations=torch.full((1, 1), -1))
+    graph = connection_graph(view.groups, (nowhere,))
+    assert graph.nodes["outputs of out.weight"]["kind"] == "outputs"
+    assert graph.nodes["outputs of out.weight"]["size"] == 2
+    assert list(graph.edges(keys=True)) == [("rnn.l0", "outputs of out.weight", "out.weight")]
+    draw(graph, tmp_path / "view.svg")
+    assert b"outputs of out.weight" in (tmp_path / "view.svg").read_bytes()
 
 
 def test_layers_follow_execution_and_ignore_loops() -> None:
