@@ -8,17 +8,26 @@ one unit in the last place makes in the reference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from fxprune.errors import ConfigError, FxpruneError, VerificationError
+from fxprune.naming import symbol_names
+from fxprune.randomness import preserved_random_state
+from fxprune.report import Verification
+from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
 
-__all__ = ["Difference", "compare_outputs", "rounding_effect", "tolerance_of"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fxprune.program import Call, Program
+    from fxprune.shrinking.shrink import Shrunk
+
+__all__ = ["Difference", "compare_outputs", "rounding_effect", "tolerance_of", "verify_programs"]
 
 EQUAL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative tolerance between two programs that must agree, by the precision they compute in."""
@@ -98,6 +107,114 @@ def tolerance_of(expected: Any, kind: Literal["equal", "onnx"]) -> float:
     dtypes = {t.dtype for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)}
     equal = max((EQUAL.get(d, 0.0) for d in dtypes), default=0.0) or EQUAL[torch.float32]
     return equal if kind == "equal" else max(ONNX, equal)
+
+
+def verify_programs(
+    program: Program,
+    masked: nn.Module,
+    small: Shrunk,
+    compact: nn.Module,
+    calls: Sequence[Call] | None = None,
+) -> Verification:
+    """Law 2: the compact program computes what the masked one does, at several sizes.
+
+    Args:
+        program: the program before shrinking, whose dimensions are varied.
+        masked: it under masks.
+        small: the compact program, and which positions of states it kept.
+        compact: its module.
+        calls: what to compare at; by default the example and other sizes made from it.
+
+    Raises:
+        VerificationError: they differ by more than rounding explains.
+    """
+    result = _Comparison(program, masked, small, compact)
+    if calls is not None:
+        for index, call in enumerate(calls):
+            result.add(f"verify_inputs[{index}]", call, required=True)
+    else:
+        names, example = symbol_names(program), example_sizes(program)
+        result.add("example", program.example, required=True)
+        for sizes in candidate_sizes(example):
+            if len(result.tried) < _ENOUGH:
+                result.add(size_label(sizes, names), at_sizes(program, sizes))
+    return Verification(tuple(result.tried), result.max_abs, result.tolerance, result.chaotic)
+
+
+_ENOUGH = 5
+_CHAOS = 1e-3
+
+
+@dataclass
+class _Comparison:
+    program: Program
+    masked: nn.Module
+    small: Shrunk
+    compact: nn.Module
+    tried: list[str] = field(default_factory=list)
+    max_abs: float = 0.0
+    tolerance: float = 0.0
+    chaotic: bool = False
+
+    def add(self, label: str, call: Call, *, required: bool = False) -> None:
+        """Compares one call; sizes that the masked program rejects are skipped."""
+        try:
+            expected = _run(self.masked, call)
+        except (FxpruneError, RuntimeError, ValueError, IndexError) as error:
+            if required:
+                raise ConfigError(f"the model does not run on {label}: {error}") from error
+            return
+        difference = self._difference(call, expected)
+        allowed = tolerance_of(expected, "equal")
+        if not difference.within(allowed):
+            rounding = 10 * rounding_effect(self.masked, call, expected)
+            allowed = max(allowed, min(rounding, _CHAOS))
+            if rounding > _CHAOS:
+                self.chaotic = True
+                difference = self._few_steps(call)
+        if not difference.within(allowed):
+            raise VerificationError(
+                f"compact and masked program differ by {difference.max_abs:.3g} at "
+                f"{difference.where}, {label}. This is a defect of fxprune; please report the "
+                "model. Nothing was written.",
+                pass_name="shrink",
+                where=f"{difference.where} at {label}",
+                max_abs=difference.max_abs,
+                max_rel=difference.max_rel,
+            )
+        self.tried.append(label)
+        self.max_abs = max(self.max_abs, difference.max_abs)
+        self.tolerance = max(self.tolerance, allowed)
+
+    def _few_steps(self, call: Call) -> Difference:
+        """Rounding alone changes the outputs of a chaotic recurrence: at most 8 steps compare."""
+        sizes = {s: min(n, 8) for s, n in example_sizes(self.program).items()}
+        call = at_sizes(self.program, sizes)
+        expected = _run(self.masked, call)
+        return self._difference(call, expected)
+
+    def _difference(self, call: Call, expected: Any) -> Difference:
+        """States that shrank are compared where they still are."""
+        call = _sliced_leaves(call, self.small.input_slices)
+        expected = _sliced_leaves(expected, self.small.output_slices)
+        return compare_outputs(expected, _run(self.compact, call))
+
+
+def _sliced_leaves(tree: Any, slices: Sequence[Sequence[Tensor | None]]) -> Any:
+    leaves, structure = pytree.tree_flatten(tree)
+    small = []
+    for leaf, positions in zip(leaves, slices, strict=True):
+        for dim, kept in enumerate(positions):
+            if kept is not None:
+                leaf = leaf.index_select(dim, kept.to(leaf.device))
+        small.append(leaf)
+    return pytree.tree_unflatten(small, structure)
+
+
+def _run(module: nn.Module, call: Call) -> Any:
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
+    with preserved_random_state(0), torch.no_grad():
+        return module(*args, **kwargs)
 
 
 def rounding_effect(run: Callable[..., Any], call: Any, expected: Any) -> float:

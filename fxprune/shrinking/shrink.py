@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxprune.analysis.neurons import Entry, Neurons, Reader
 from fxprune.analysis.walker import Walker, operation_name
@@ -22,9 +23,14 @@ from fxprune.shrinking.states import enter_state, leave_state
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fxprune.program import Call
+
 __all__ = ["Shrunk", "shrink"]
 
 aten = torch.ops.aten
+
+Slices = tuple[Tensor | None, ...]
+"""For each dimension of a tensor the kept positions; None where all are kept."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,15 @@ class Shrunk:
         program: the program; its masks are those of the connections left.
         neurons: the analysis of the original, over the smaller program's nodes.
         kept: for every sliced tensor the kept indices per dimension; None for all.
+        input_slices: likewise for every input leaf; only states at the boundary shrink.
+        output_slices: likewise for every output leaf.
     """
 
     program: Program
     neurons: Neurons
-    kept: Mapping[str, tuple[Tensor | None, ...]]
+    kept: Mapping[str, Slices]
+    input_slices: tuple[Slices, ...]
+    output_slices: tuple[Slices, ...]
 
 
 def shrink(program: Program, neurons: Neurons, kept: Tensor) -> Shrunk:
@@ -62,7 +72,7 @@ class _Shrinking:
         self.sizes.find_sizes()
         self.graph, self.twins = program.copy_graph()
         self.tensors: dict[str, Tensor] = {}
-        self.slices: dict[str, tuple[Tensor | None, ...]] = {}
+        self.slices: dict[str, Slices] = {}
 
     def run(self) -> Shrunk:
         for name, tensor in self.program.tensors.items():
@@ -73,7 +83,7 @@ class _Shrinking:
                 self._rewrite(node)
         self._states_in()
         self._states_out()
-        masks = self._masks()
+        masks, inputs = self._masks(), self._input_slices()
         kinds = {**self.program.kinds}
         kinds.update({n: Kind.CONSTANT for n in self.tensors if n not in kinds})
         smaller = replace(
@@ -81,11 +91,11 @@ class _Shrinking:
             graph=self.graph,
             tensors=self.tensors,
             kinds=kinds,
-            inputs=self._inputs(),
-            example=self._example(),
+            inputs=_smaller_inputs(self.program.inputs, inputs),
+            example=_smaller_call(self.program.example, inputs),
             masks=masks,
         )
-        return Shrunk(smaller, self._neurons(), self.slices)
+        return Shrunk(smaller, self._neurons(), self.slices, inputs, self._output_slices())
 
     # What the rewriting rules ask ----------------------------------------------------------
 
@@ -113,7 +123,7 @@ class _Shrinking:
 
     # Tensors and nodes ---------------------------------------------------------------------
 
-    def _slices(self, name: str, tensor: Tensor) -> tuple[Tensor | None, ...]:
+    def _slices(self, name: str, tensor: Tensor) -> Slices:
         label = self.neurons.owned.get(name, ())
         return tuple(self._positions(label, d) for d in range(tensor.dim()))
 
@@ -231,30 +241,21 @@ class _Shrinking:
         }
         return Masks(self.program.masks.neurons[left], connections)
 
-    def _inputs(self) -> tuple[InputSpec, ...]:
+    def _input_slices(self) -> tuple[Slices, ...]:
         placeholders = [n for n in self.program.graph.nodes if n.op == "placeholder"]
-        specs = []
-        for node, spec in zip(placeholders, self.program.inputs, strict=True):
-            if spec.shape is not None:
-                cut = [self.positions(node, d) for d in range(len(spec.shape))]
-                shape = tuple(
-                    s if c is None else len(c) for s, c in zip(spec.shape, cut, strict=True)
-                )
-                spec = InputSpec(spec.name, shape)
-            specs.append(spec)
-        return tuple(specs)
+        return tuple(
+            tuple(self.positions(node, d) for d in range(len(spec.shape or ())))
+            for node, spec in zip(placeholders, self.program.inputs, strict=True)
+        )
 
-    def _example(self) -> Any:
-        from torch.utils import _pytree as pytree
-
-        placeholders = [n for n in self.program.graph.nodes if n.op == "placeholder"]
-        leaves, structure = pytree.tree_flatten(self.program.example)
-        small = []
-        for node, leaf in zip(placeholders, leaves, strict=True):
-            if isinstance(leaf, Tensor):
-                leaf = _sliced(leaf, tuple(self.positions(node, d) for d in range(leaf.dim())))
-            small.append(leaf)
-        return pytree.tree_unflatten(small, structure)
+    def _output_slices(self) -> tuple[Slices, ...]:
+        results: Any = self.program.graph.output_node().args[0]
+        return tuple(
+            tuple(self.positions(r, d) for d in range(r.meta["val"].dim()))
+            if isinstance(r, fx.Node)
+            else ()
+            for r in results
+        )
 
     def _neurons(self) -> Neurons:
         """The analysis over the smaller program's nodes, for the masks that are left."""
@@ -284,6 +285,33 @@ class _Shrinking:
         return replace(self.neurons, blocks=blocks, readers=readers, labels={}, owned={}, entries=())
 
 
+def _smaller_inputs(
+    inputs: tuple[InputSpec, ...], slices: tuple[Slices, ...]
+) -> tuple[InputSpec, ...]:
+    return tuple(
+        replace(
+            spec,
+            shape=tuple(
+                size if kept is None else len(kept)
+                for size, kept in zip(spec.shape, positions, strict=True)
+            ),
+        )
+        if spec.shape is not None
+        else spec
+        for spec, positions in zip(inputs, slices, strict=True)
+    )
+
+
+def _smaller_call(call: Call, slices: tuple[Slices, ...]) -> Call:
+    leaves, structure = pytree.tree_flatten(call)
+    small = [
+        _sliced(leaf, positions) if isinstance(leaf, Tensor) else leaf
+        for leaf, positions in zip(leaves, slices, strict=True)
+    ]
+    result: Call = pytree.tree_unflatten(small, structure)
+    return result
+
+
 def _replace_state(
     entry: Entry, consumer: fx.Node, state: fx.Node, entered: fx.Node, stays: Tensor
 ) -> None:
@@ -310,7 +338,7 @@ def _outward(part: fx.Node) -> list[fx.Node]:
     return [u for u in list(part.users) if leads_out(u)]
 
 
-def _own(tensor: Tensor, slices: tuple[Tensor | None, ...]) -> Tensor:
+def _own(tensor: Tensor, slices: Slices) -> Tensor:
     """A tensor of its own, sliced; parameters stay parameters."""
     with torch.no_grad(), torch.inference_mode(False):
         owned = _sliced(tensor.detach(), slices)
@@ -321,7 +349,7 @@ def _own(tensor: Tensor, slices: tuple[Tensor | None, ...]) -> Tensor:
     return owned
 
 
-def _sliced(tensor: Tensor, slices: tuple[Tensor | None, ...]) -> Tensor:
+def _sliced(tensor: Tensor, slices: Slices) -> Tensor:
     for dim, positions in enumerate(slices):
         if positions is not None:
             tensor = tensor.index_select(dim, positions.to(tensor.device))

@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, TraceError
 from fxprune.tracing.layers import traced_layers
+from fxprune.tracing.sizes import at_sizes, example_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fxprune.program import Call
+    from fxprune.program import Call, Program
 
-__all__ = ["automatic_shapes", "export"]
+__all__ = ["automatic_shapes", "export", "export_program"]
 
 
 def automatic_shapes(
@@ -65,6 +66,31 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
         raise
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
+
+
+def export_program(program: Program) -> ExportedProgram:
+    """Exports a program, its dynamic dimensions dynamic, at sizes that leave no doubt about that.
+
+    Raises:
+        TraceError: torch.export fails on the program.
+    """
+    module = program.module()
+    example = example_sizes(program)
+    # Sizes of 1 would be taken for broadcasting; equal sizes for one dimension.
+    distinct = {s: n + 2 + i if n < 2 else n for i, (s, n) in enumerate(example.items())}
+    call = at_sizes(program, distinct)
+    try:
+        with torch.no_grad():
+            module(*call[0], **call[1])
+    except (FxpruneError, RuntimeError, ValueError, IndexError):
+        call = program.example
+    fixed = {
+        (index, dim)
+        for index, spec in enumerate(program.inputs)
+        for dim, size in enumerate(spec.shape or ())
+        if isinstance(size, int)
+    }
+    return export(module, call, automatic_shapes(module, call, fixed))
 
 
 _REMEDIES = (

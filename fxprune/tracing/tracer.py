@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-__all__ = ["trace"]
+__all__ = ["own_call", "trace"]
 
 Place = tuple[int, int]
 """An input leaf and one of its dimensions."""
@@ -60,7 +60,7 @@ def trace(
         'input'
     """
     _refuse_unfit(model)
-    call = _own_call(example_inputs)
+    call = own_call(example_inputs)
     with isolated(model):
         model.eval()
         _run(model, call)
@@ -96,7 +96,7 @@ def _refuse_unfit(model: nn.Module) -> None:
             )
 
 
-def _own_call(example_inputs: Any) -> Call:
+def own_call(example_inputs: Any) -> Call:
     """Arguments as (args, kwargs), tensors as contiguous clones: a view would bake its size in."""
     if isinstance(example_inputs, Tensor):
         call: Call = ((example_inputs,), {})

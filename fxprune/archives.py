@@ -1,0 +1,192 @@
+"""``.pt2`` archives: saving compact programs, and loading programs to prune."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.errors import ArchiveError, LoweringError
+from fxprune.program import Program, Refusal
+from fxprune.tracing import packing, recurrent
+from fxprune.tracing.archive import read_archive, write_archive
+from fxprune.tracing.exporting import export_program
+from fxprune.tracing.importing import import_program
+from fxprune.tracing.layers import LayerWeights, run_stack
+from fxprune.tracing.modes import switchable
+from fxprune.tracing.recurrent import stock_operations
+from fxprune.tracing.tracer import trace
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["load", "save_archive"]
+
+aten = torch.ops.aten
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Loads a ``.pt2`` archive as a program; example inputs come from the archive.
+
+    Archives of :meth:`fxprune.Compact.save` and of ``torch.export.save`` are read, the latter with
+    torch's own recurrent operations. The archive is checked before torch sees it: nothing in it
+    is executed. Dropout and batch norm follow ``train()`` and ``eval()`` again.
+
+    Raises:
+        ArchiveError: the file is absent, corrupt, foreign or unsafe, or has no example inputs.
+        TraceError: what it holds cannot be a program.
+    """
+    exported = read_archive(path)
+    if exported.example_inputs is None:
+        raise ArchiveError(
+            f"{path} holds no example inputs; export the model again, torch.export keeps them.",
+            path=str(path),
+        )
+    args, kwargs = exported.example_inputs
+    program = import_program(exported, (tuple(args), dict(kwargs or {})))
+    switches = {n.name: 1.0 for n in switchable(program.graph) if _follows_mode(n)}
+    program = replace(program, switches=switches)
+    return _with_own_layers(program) if _stock_layers(program) else program
+
+
+def save_archive(
+    program: Program, path: str | os.PathLike[str], *, portable: bool = False
+) -> tuple[str, ...]:
+    """Writes a program as an archive; see :meth:`fxprune.Compact.save`."""
+    if not portable:
+        write_archive(export_program(program), path)
+        return ()
+    if any(_takes_lengths(n) for n in program.graph.nodes):
+        raise LoweringError(
+            "the program takes packed sequences, which torch's own operations cannot carry in an "
+            "archive. Save without portable=True, or write ONNX."
+        )
+    with stock_operations():
+        exported = export_program(program)
+    frozen = _frozen_sizes(program, exported)
+    write_archive(exported, path)
+    return frozen
+
+
+def _follows_mode(node: fx.Node) -> bool:
+    position = 5 if node.target is aten.batch_norm.default else 2
+    return node.target is not aten.scaled_dot_product_attention.default and not node.args[position]
+
+
+def _takes_lengths(node: fx.Node) -> bool:
+    return node.op == "call_function" and (
+        node.target is packing.pad_packed
+        or (node.target is recurrent.lstm and len(node.args) > 8 and node.args[8] is not None)
+        or (
+            node.target in (recurrent.gru, recurrent.rnn)
+            and len(node.args) > 6
+            and node.args[6] is not None
+        )
+    )
+
+
+def _frozen_sizes(program: Program, exported: Any) -> tuple[str, ...]:
+    """Dimensions that were dynamic in the program and are numbers in the archive."""
+    now = import_program(exported, program.example).inputs
+    return tuple(
+        f"{spec.name}[{dim}]={size}"
+        for spec, new in zip(program.inputs, now, strict=True)
+        for dim, (was, size) in enumerate(zip(spec.shape or (), new.shape or (), strict=True))
+        if isinstance(was, str) and isinstance(size, int)
+    )
+
+
+# Torch's own recurrent operations --------------------------------------------------------------
+
+
+def _lstm(
+    x: Tensor,
+    hx: list[Tensor],
+    params: list[Tensor],
+    biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    projected = hx[0].shape[2] != hx[1].shape[2]
+    count = 2 + 2 * biases + projected
+    weights = [
+        _layer(params[i : i + count], biases, projected) for i in range(0, len(params), count)
+    ]
+    y, states = _stack("lstm", x, tuple(hx), weights, bidirectional, dropout, batch_first)
+    return y, states[0], states[1]
+
+
+def _single(kind: str) -> Any:
+    def run(
+        x: Tensor,
+        hx: Tensor,
+        params: list[Tensor],
+        biases: bool,
+        layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[Tensor, Tensor]:
+        count = 2 + 2 * biases
+        weights = [
+            _layer(params[i : i + count], biases, False) for i in range(0, len(params), count)
+        ]
+        y, states = _stack(kind, x, (hx,), weights, bidirectional, dropout, batch_first)
+        return y, states[0]
+
+    run.__name__ = run.__qualname__ = f"_{kind}"
+    return run
+
+
+_gru, _rnn_tanh, _rnn_relu = (_single(kind) for kind in ("gru", "rnn_tanh", "rnn_relu"))
+
+_STOCK = {
+    aten.lstm.input: _lstm,
+    aten.gru.input: _gru,
+    aten.rnn_tanh.input: _rnn_tanh,
+    aten.rnn_relu.input: _rnn_relu,
+}
+
+
+def _layer(tensors: list[Tensor], biases: bool, projected: bool) -> LayerWeights:
+    w_ih, w_hh, *rest = tensors
+    b_ih, b_hh = rest[:2] if biases else (None, None)
+    return LayerWeights(w_ih, w_hh, b_ih, b_hh, rest[-1] if projected else None)
+
+
+def _stack(
+    kind: str,
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    weights: list[LayerWeights],
+    bidirectional: bool,
+    dropout: float,
+    batch_first: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    x = x.transpose(0, 1) if batch_first else x
+    y, finals = run_stack(
+        kind, x, states, weights, bidirectional=bidirectional, dropout=dropout
+    )
+    stacked = [torch.stack(s) for s in zip(*finals, strict=True)]
+    return (y.transpose(0, 1) if batch_first else y), stacked
+
+
+def _stock_layers(program: Program) -> bool:
+    return any(n.target in _STOCK for n in program.graph.nodes if n.op == "call_function")
+
+
+def _with_own_layers(program: Program) -> Program:
+    """Traces a program anew with one operation per recurrent layer and direction."""
+    graph, _ = program.copy_graph()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _STOCK.get(node.target, node.target)
+    traced = trace(replace(program, graph=graph).module(), program.example)
+    note = Refusal("archive", "recurrent layers came as torch's own operations, traced anew")
+    return replace(traced, refusals=(*traced.refusals, note))

@@ -1,0 +1,378 @@
+"""``fxprune.compile`` and ``fxprune.prepare``: from a model and a policy to a compact program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.analysis import Neurons
+from fxprune.archives import save_archive
+from fxprune.contract import Context, Facts, NeuronAnalysis
+from fxprune.errors import ConfigError, FxpruneError
+from fxprune.lowering import OnnxCase, OnnxReport
+from fxprune.lowering import save_onnx as write_onnx
+from fxprune.masking.counting import Count, count
+from fxprune.masking.insertion import insert_masks
+from fxprune.naming import dimension_names, symbol_names
+from fxprune.pipeline import Outcome, run_passes
+from fxprune.policy import Policy, as_policy
+from fxprune.program import Kind, Program, Refusal
+from fxprune.progress import track
+from fxprune.report import Report
+from fxprune.shrinking.compact import compact_program
+from fxprune.shrinking.liveness import alive_neurons
+from fxprune.tracing.exporting import export_program
+from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
+from fxprune.tracing.tracer import own_call, trace
+from fxprune.verify import verify_programs
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from fxprune.contract import Pass
+    from fxprune.program import Call
+    from fxprune.shrinking.shrink import Shrunk
+    from fxprune.training.task import Task
+
+__all__ = ["Compact", "Prepared", "as_program", "compile", "prepare"]
+
+
+@dataclass(frozen=True)
+class Compact:
+    """The result of a compilation.
+
+    Attributes:
+        module: the smaller model, trainable, its parameters under the user's names.
+        masked: the reference it was compared with: the model under masks, original shapes, a
+            read-only view of the traced values.
+        report: what was removed, and how the result was verified.
+        program: the smaller program.
+    """
+
+    module: fx.GraphModule
+    masked: fx.GraphModule
+    report: Report
+    program: Program
+
+    def save(self, path: str | os.PathLike[str], *, portable: bool = False) -> tuple[str, ...]:
+        """Writes a ``.pt2`` archive, which :func:`fxprune.load` reads back.
+
+        Args:
+            path: where to; the file appears whole or not at all.
+            portable: write torch's own recurrent operations instead of fxprune's, for other
+                tools. Those freeze the time, and cannot take packed sequences.
+
+        Returns:
+            The sizes that this froze, as ``"input[dim]=size"``; none unless portable.
+
+        Raises:
+            ConfigError: the path cannot be written.
+            LoweringError: portable, and the program uses packed sequences.
+        """
+        return save_archive(self._current(), path, portable=portable)
+
+    def save_onnx(self, path: str | os.PathLike[str], *, opset: int | None = None) -> OnnxReport:
+        """Writes a compact ONNX file, after running it in onnxruntime at several sizes.
+
+        Args:
+            path: where to; the file appears whole and verified, or not at all.
+            opset: ONNX operator set; the exporter's recommended one if None.
+
+        Raises:
+            ConfigError: the path cannot be written.
+            LoweringError: an operation cannot be written as ONNX.
+            VerificationError: the file computes something else.
+        """
+        program = self._current()
+        return write_onnx(
+            export_program(program),
+            self.module,
+            list(_onnx_cases(program, self.module)),
+            path,
+            input_names=[spec.name for spec in program.inputs],
+            dimension_names=dimension_names(program),
+            opset=opset,
+        )
+
+    def _current(self) -> Program:
+        """The program with the weights the module has now, trained further or not."""
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        tensors = {n: state.get(n, t) for n, t in self.program.tensors.items()}
+        return replace(self.program, tensors=tensors)
+
+
+def compile(
+    model_or_program: nn.Module | Program,
+    policy: Policy | Pass | Sequence[Pass] | str | os.PathLike[str],
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    task: Task | None = None,
+    verify_inputs: Sequence[Any] | None = None,
+    progress: bool = True,
+) -> Compact:
+    """Makes a model physically smaller and proves that nothing else changed.
+
+    The model is traced, the policy's passes decide what goes, what nothing reads any more is
+    removed, and the compact program is compared with the masked one at the example's sizes and at
+    others. The model itself is left as it was.
+
+    Args:
+        model_or_program: a module, or the result of :func:`fxprune.trace` or :func:`fxprune.load`.
+        policy: what to remove: a pass, a list of passes, a :class:`Policy`, its text form such as
+            ``"magnitude{sparsity=0.5,structure=neuron}"``, or the path of a TOML file.
+        example_inputs: one call's inputs, as for :func:`fxprune.trace`; needed for a module.
+        dynamic_shapes: as for :func:`fxprune.trace`.
+        task: data and loss; with it, every one-shot pass fine-tunes after masking.
+        verify_inputs: calls to compare at, instead of those made from the example.
+        progress: show progress on a terminal.
+
+    Returns:
+        The compact module with its masked twin and a report.
+
+    Raises:
+        ConfigError: an argument or option is wrong.
+        TraceError: the model cannot be traced.
+        PassError: a pass cannot do what was asked.
+        VerificationError: compact and masked program differ: a defect, and nothing is returned.
+
+    Example:
+        >>> from fxprune.passes import Magnitude
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+        >>> half = Magnitude(sparsity=0.5, structure="neuron")
+        >>> compact = compile(model, half, example_inputs=torch.zeros(1, 3))
+        >>> compact.report.parameters_before, compact.report.parameters_after
+        (50, 26)
+    """
+    chosen = _policy(policy)
+    with track("compile", 4, enabled=progress) as steps:
+        program = as_program(model_or_program, example_inputs, dynamic_shapes)
+        program = replace(program, states=chosen.states)
+        steps.advance(stage="traced")
+        facts = Facts(program, Context(task, tuple(chosen.protect)))
+        neurons = facts[NeuronAnalysis]
+        outcome = run_passes(
+            program,
+            chosen.passes,
+            facts=facts,
+            fine_tune=_fine_tuning(neurons, task, progress) if task is not None else None,
+        )
+        steps.advance(stage="pruned")
+        compact = _finish(outcome, neurons, chosen, verify_inputs, lambda: steps.advance())
+    return compact
+
+
+@dataclass
+class Prepared:
+    """A model under masks, for a training loop of the user's own.
+
+    Attributes:
+        module: train it as any module; masks are part of its forward.
+    """
+
+    module: fx.GraphModule
+    _outcome: Outcome
+    _neurons: Neurons
+    _policy: Policy
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss; zero unless a pass learns its masks."""
+        return torch.zeros((), device=next(self.module.parameters()).device)
+
+    def step(self) -> None:
+        """To be called after ``optimizer.step()``; fixed masks need nothing."""
+
+    def convert(self) -> Compact:
+        """The compact program with the weights as they are now."""
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        program = self._outcome.program
+        tensors = {n: state.get(n, t) for n, t in program.tensors.items()}
+        outcome = self._outcome._replace(program=replace(program, tensors=tensors))
+        return _finish(outcome, self._neurons, self._policy, None, lambda: None)
+
+
+def prepare(
+    model_or_program: nn.Module | Program,
+    policy: Policy | Pass | Sequence[Pass] | str | os.PathLike[str],
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+) -> Prepared:
+    """Masks a model for training in a loop of the user's own; arguments as :func:`compile`.
+
+    Example:
+        >>> from fxprune.passes import Magnitude
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+        >>> half = Magnitude(sparsity=0.5, structure="neuron")
+        >>> prepared = prepare(model, half, example_inputs=torch.zeros(1, 3))
+        >>> prepared.module(torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+        >>> prepared.convert().report.parameters_after
+        26
+    """
+    chosen = _policy(policy)
+    program = as_program(model_or_program, example_inputs, dynamic_shapes)
+    program = replace(program, states=chosen.states)
+    facts = Facts(program, Context(None, tuple(chosen.protect)))
+    outcome = run_passes(program, chosen.passes, facts=facts)
+    neurons = facts[NeuronAnalysis]
+    outcome = outcome._replace(program=_own_tensors(outcome.program))
+    module = insert_masks(outcome.program, neurons).module()
+    return Prepared(module, outcome, neurons, chosen)
+
+
+def as_program(
+    model_or_program: nn.Module | Program, example_inputs: Any = None, dynamic_shapes: Any = None
+) -> Program:
+    """Traces a module; hands a program through.
+
+    Raises:
+        ConfigError: neither of them, or a module without example inputs.
+    """
+    if isinstance(model_or_program, Program):
+        if example_inputs is not None or dynamic_shapes is not None:
+            raise ConfigError(
+                "a program has its example inputs and dynamic shapes already; give them to "
+                "fxprune.trace instead"
+            )
+        return model_or_program
+    if example_inputs is None:
+        raise ConfigError(
+            "example_inputs is missing: a module is traced with one call's inputs, such as "
+            "example_inputs=(torch.zeros(1, 10, 40),)"
+        )
+    return trace(model_or_program, example_inputs, dynamic_shapes=dynamic_shapes)
+
+
+def _policy(policy: Any) -> Policy:
+    from fxprune import passes  # the only place where the core looks passes up
+
+    return as_policy(policy, passes.table())
+
+
+def _fine_tuning(
+    neurons: Neurons, task: Task, progress: bool
+) -> Callable[[Program], Program]:
+    """Trains the weights of a program under its masks, in tensors of its own."""
+    from fxprune.training import fit
+
+    def fine_tune(program: Program) -> Program:
+        owned = _own_tensors(program)
+        fine_tune.calls += 1  # type: ignore[attr-defined]
+        name = f"fine-tune-{fine_tune.calls}"  # type: ignore[attr-defined]
+        fit(insert_masks(owned, neurons).module(), task, progress=progress, name=name)
+        return owned
+
+    fine_tune.calls = 0  # type: ignore[attr-defined]
+    return fine_tune
+
+
+def _own_tensors(program: Program) -> Program:
+    def own(tensor: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            copy = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(copy, requires_grad=tensor.requires_grad)
+        return copy
+
+    return replace(program, tensors={n: own(t) for n, t in program.tensors.items()})
+
+
+def _finish(
+    outcome: Outcome,
+    neurons: Neurons,
+    policy: Policy,
+    verify_inputs: Sequence[Any] | None,
+    advance: Callable[[], object],
+) -> Compact:
+    """Shrinks, verifies and reports."""
+    program = outcome.program
+    detached = {n: t.detach() for n, t in program.tensors.items()}
+    masked = insert_masks(replace(program, tensors=detached), neurons).module()
+    small = compact_program(program, neurons)
+    module = small.program.module()
+    advance()
+    calls = None if verify_inputs is None else [own_call(c) for c in verify_inputs]
+    verification = verify_programs(program, masked, small, module, calls)
+    advance()
+    report = _report(outcome, neurons, small, policy, verification)
+    return Compact(module, masked, report, small.program)
+
+
+def _report(
+    outcome: Outcome, neurons: Neurons, small: Shrunk, policy: Policy, verification: Any
+) -> Report:
+    program = outcome.program
+    alive = alive_neurons(neurons, program.masks)
+    sizes = {
+        n: tuple(t.shape)
+        for n, t in small.program.tensors.items()
+        if small.program.kinds[n] is Kind.PARAMETER
+    }
+    return Report(
+        counts=count(program, neurons, program.masks, alive, sizes),
+        macs=_macs(program, small),
+        kept=_kept(program, small),
+        verification=verification,
+        refusals=(*outcome.refusals, *neurons.refusals),
+        notes=_notes(program),
+        policy=str(policy),
+    )
+
+
+def _macs(program: Program, small: Shrunk) -> Count:
+    from fxprune.masking.macs import macs
+
+    return Count(macs(program), macs(small.program))
+
+
+def _kept(program: Program, small: Shrunk) -> dict[str, tuple[tuple[int, ...], ...]]:
+    kept = {}
+    for name, kind in program.kinds.items():
+        if kind is Kind.PARAMETER and name in small.kept:
+            tensor = program.tensors[name]
+            kept[name] = tuple(
+                tuple(range(size)) if positions is None else tuple(positions.tolist())
+                for size, positions in zip(tensor.shape, small.kept[name], strict=True)
+            )
+    return kept
+
+
+def _notes(program: Program) -> tuple[str, ...]:
+    notes = [f"{r.node} is fixed: {r.reason}" for r in program.refusals if _worth_telling(r)]
+    if program.mode_difference is not None:
+        notes.append(f"eval mode only: {program.mode_difference}")
+    if program.states == "shrink":
+        notes.append("recurrent states at the boundary are as small as their layers")
+    return tuple(notes)
+
+
+def _worth_telling(refusal: Refusal) -> bool:
+    # That the number of features is fixed is what everybody expects.
+    return "code fixes it" not in refusal.reason
+
+
+def _onnx_cases(program: Program, module: nn.Module) -> list[OnnxCase]:
+    """The example and three other sizes that the program takes, batch 1 and one step among them."""
+    names = symbol_names(program)
+    example = example_sizes(program)
+    cases: list[OnnxCase] = []
+    for sizes in [example, *candidate_sizes(example)]:
+        call = at_sizes(program, sizes)
+        if len(cases) < 5 and _runs(module, call):
+            label = size_label(sizes, names) or "example"
+            cases.append(OnnxCase(label, call[0], call[1]))
+    return cases
+
+
+def _runs(module: nn.Module, call: Call) -> bool:
+    try:
+        with torch.no_grad():
+            module(*call[0], **call[1])
+    except (FxpruneError, RuntimeError, ValueError, IndexError):
+        return False
+    return True
