@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.contract import Effect, Facts, Pass, PassResult
+from fxprune.contract import Effect, Facts, NeuronAnalysis, Pass, PassResult
 from fxprune.errors import (
     FxpruneError,
     PassError,
@@ -29,6 +29,7 @@ from fxprune.errors import (
     PreconditionError,
     VerificationError,
 )
+from fxprune.masking.insertion import insert_masks
 from fxprune.program import Program, Refusal
 from fxprune.randomness import preserved_random_state
 from fxprune.verify import compare_outputs, tolerance_of
@@ -180,7 +181,7 @@ def _run_checked(program: Program, pass_: Pass, facts: Facts) -> PassResult:
         raise _broken(pass_, f"it says that it {claim}, and that is not so")
     if result.changed:
         _check_masks(pass_, result.program)
-        _check_outputs(pass_, program, result.program)
+        _check_outputs(pass_, facts, program, result.program)
     pass_.ensures(program, result)
     return result
 
@@ -196,13 +197,13 @@ def _check_masks(pass_: Pass, program: Program) -> None:
             raise _broken(pass_, f"the mask of {name!r} does not fit a tensor of that name")
 
 
-def _check_outputs(pass_: Pass, before: Program, after: Program) -> None:
+def _check_outputs(pass_: Pass, facts: Facts, before: Program, after: Program) -> None:
     """A new graph must run and keep its shapes; an EXACT pass must keep the values."""
     exact = pass_.effect is Effect.EXACT
     if after.graph is before.graph and not exact:
         return  # masks and weights do not change shapes
     after.graph.lint()
-    expected, actual = _run(before), _run(after)
+    expected, actual = _run(before, facts), _run(after, facts.after(after, pass_.keeps))
     if _shapes(expected) != _shapes(actual):
         raise _broken(
             pass_, f"the outputs have shapes {_shapes(actual)} instead of {_shapes(expected)}"
@@ -220,7 +221,10 @@ def _check_outputs(pass_: Pass, before: Program, after: Program) -> None:
             )
 
 
-def _run(program: Program) -> Any:
+def _run(program: Program, facts: Facts) -> Any:
+    """The outputs under the program's masks, at its example."""
+    if not program.masks.empty:
+        program = insert_masks(program, facts[NeuronAnalysis])
     args, kwargs = program.example
     with preserved_random_state(0), torch.no_grad():
         return program.module()(*args, **kwargs)

@@ -102,12 +102,13 @@ def as_policy(
         return policy
     if isinstance(policy, Pass):
         return Policy((policy,))
-    if isinstance(policy, str) and not policy.strip().endswith(".toml"):
-        return _from_items(parse_items(policy), table)
-    if isinstance(policy, str | Path):
-        return _from_items(_read_toml(Path(policy)), table)
-    if isinstance(policy, Sequence):
-        return Policy(tuple(policy))
+    if isinstance(policy, str):
+        in_file = policy.strip().endswith(".toml")
+        return _from_items(_read_toml(Path(policy)) if in_file else parse_items(policy), table)
+    if isinstance(policy, Path):
+        return _from_items(_read_toml(policy), table)
+    if isinstance(policy, list | tuple):
+        return Policy(policy)
     raise ConfigError(
         "a policy is a pass, a list of passes, a Policy, a text such as "
         f"'magnitude{{sparsity=0.5}}' or the path of a TOML file, not {_describe(policy)}"

@@ -173,12 +173,12 @@ def test_every_pass_of_the_table_follows_the_contract() -> None:
         assert made.name == name
         assert isinstance(made.effect, Effect)
         assert dataclasses.is_dataclass(made)
-        assert made.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert made.__dataclass_params__.frozen
 
 
 def test_passes_can_be_imported_by_class_name() -> None:
     import fxprune.passes
 
     assert fxprune.passes.Magnitude is Magnitude
-    with pytest.raises(AttributeError, match="module 'fxprune.passes' has no attribute 'Magnitud'"):
+    with pytest.raises(AttributeError, match="has no attribute 'Magnitud'"):
         fxprune.passes.Magnitud  # noqa: B018 - the access is the test

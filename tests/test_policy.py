@@ -125,8 +125,8 @@ BAD_TEXT = [
     ),
     (
         "magnitude{sparsity=0.5,structure=neurons}",
-        "option 'structure' of pass 'magnitude' must be one of connection, row, column, neuron, not "
-        "'neurons', at character 1 of policy 'magnitude{sparsity=0.5,structure=neurons}'",
+        "option 'structure' of pass 'magnitude' must be one of connection, row, column, neuron, "
+        "not 'neurons', at character 1 of policy 'magnitude{sparsity=0.5,structure=neurons}'",
     ),
     (
         "magnitude{sparsity=0.5,sparsity=0.6}",
