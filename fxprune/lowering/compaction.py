@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fold_constants", "share_weights", "simplify", "strip"]
 
+# That rule compares all nodes with all, and what it finds is rare.
+_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
 _ROUNDS = 4  # in practice two: rewrites open the way for shortcuts once
 _SMALL = 64  # bytes; below, a copy costs less than the node that would make it
 _NO_LIMIT = 1 << 62
@@ -48,7 +50,7 @@ def simplify(model: ir.Model, constants: Constants) -> None:
     """Folds and rewrites until nothing gets shorter."""
     for _ in range(_ROUNDS):
         fold_constants(model)
-        rewriter.rewrite(model)
+        rewriter.rewrite(model, _RULES)
         passes.IdentityEliminationPass()(model)
         if not take_shortcuts(model, constants):
             break

@@ -203,7 +203,7 @@ def _difference(expected: NDArray[Any], actual: NDArray[Any]) -> tuple[float, fl
     """Largest absolute difference, and largest absolute expected value."""
     if not expected.size:
         return 0.0, 0.0
-    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    a, b = (np.ravel(v).astype(np.float64) for v in (expected, actual))
     with np.errstate(invalid="ignore"):
         difference = np.abs(a - b)
     difference[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0

@@ -149,6 +149,22 @@ def test_keywords_and_constants(tmp_path: Path) -> None:
         )
 
 
+def test_outputs_of_every_kind(tmp_path: Path) -> None:
+    """Weights, sizes, numbers without dimensions, truth values and whole numbers."""
+
+    class Kinds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            return self.weight, self.weight.T, x.shape[0], x.sum(), x > 0, torch.arange(x.shape[1])
+
+    report, model = lower(Kinds(), lambda b, t: (torch.randn(b, t),), tmp_path, names=("x",))
+    assert len(model.graph.output) == 6
+    assert report.max_abs_error < 1e-5
+
+
 @pytest.mark.parametrize(
     ("names", "dimensions", "message"),
     [
