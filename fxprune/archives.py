@@ -170,9 +170,7 @@ def _stack(
     batch_first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     x = x.transpose(0, 1) if batch_first else x
-    y, finals = run_stack(
-        kind, x, states, weights, bidirectional=bidirectional, dropout=dropout
-    )
+    y, finals = run_stack(kind, x, states, weights, bidirectional=bidirectional, dropout=dropout)
     stacked = [torch.stack(s) for s in zip(*finals, strict=True)]
     return (y.transpose(0, 1) if batch_first else y), stacked
 

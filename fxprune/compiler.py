@@ -152,7 +152,7 @@ def compile(
     with track("compile", 4, enabled=progress) as steps:
         program = as_program(model_or_program, example_inputs, dynamic_shapes)
         program = replace(program, states=chosen.states)
-        steps.advance(stage="traced")
+        steps.advance()
         facts = Facts(program, Context(task, tuple(chosen.protect)))
         neurons = facts[NeuronAnalysis]
         outcome = run_passes(
@@ -161,7 +161,7 @@ def compile(
             facts=facts,
             fine_tune=_fine_tuning(neurons, task, progress) if task is not None else None,
         )
-        steps.advance(stage="pruned")
+        steps.advance()
         compact = _finish(outcome, neurons, chosen, verify_inputs, lambda: steps.advance())
     return compact
 
@@ -254,9 +254,7 @@ def _policy(policy: Any) -> Policy:
     return as_policy(policy, passes.table())
 
 
-def _fine_tuning(
-    neurons: Neurons, task: Task, progress: bool
-) -> Callable[[Program], Program]:
+def _fine_tuning(neurons: Neurons, task: Task, progress: bool) -> Callable[[Program], Program]:
     """Trains the weights of a program under its masks, in tensors of its own."""
     from fxprune.training import fit
 

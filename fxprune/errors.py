@@ -93,7 +93,9 @@ class DependencyError(FxpruneError):
         dims: the dimensions involved, one per node.
     """
 
-    def __init__(self, message: str, *, nodes: Sequence[str] = (), dims: Sequence[int] = ()) -> None:
+    def __init__(
+        self, message: str, *, nodes: Sequence[str] = (), dims: Sequence[int] = ()
+    ) -> None:
         super().__init__(message)
         self.nodes = tuple(nodes)
         self.dims = tuple(dims)

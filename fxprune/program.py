@@ -201,9 +201,7 @@ _DROPOUTS: dict[Any, Callable[[Any], nn.Module]] = {
 }
 
 
-def _make_switchable(
-    graph: fx.Graph, node: fx.Node, program: Program
-) -> dict[str, nn.Module]:
+def _make_switchable(graph: fx.Graph, node: fx.Node, program: Program) -> dict[str, nn.Module]:
     """Replaces an evaluation-mode call by a module that follows train() and eval()."""
     name = f"_switch_{node.name}"
     args: tuple[Any, ...]
@@ -258,7 +256,9 @@ def _insert_input_checks(graph: fx.Graph, inputs: tuple[InputSpec, ...]) -> None
         with graph.inserting_after(placeholders[-1]):
             checked = graph.call_function(check_input, (node, spec.name, fixed))
         checked.meta = dict(node.meta)
-        node.replace_all_uses_with(checked, delete_user_cb=lambda user, own=checked: user is not own)
+        node.replace_all_uses_with(
+            checked, delete_user_cb=lambda user, own=checked: user is not own
+        )
 
 
 def _argument_names(program: Program) -> list[str] | None:

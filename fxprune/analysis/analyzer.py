@@ -251,5 +251,3 @@ def _producer_name(weight: str) -> str:
             outputs = "outputs" if prefix == "weight_hr" else ""
             return ".".join(filter(None, (module, suffix, outputs))) or weight
     return module if leaf == "weight" and module else weight
-
-

@@ -102,9 +102,7 @@ def _keeps_last(user: fx.Node, last: int) -> bool:
     return True
 
 
-def _ends_states(
-    node: fx.Node, user: fx.Node, parts: list[fx.Node], between: set[fx.Node]
-) -> bool:
+def _ends_states(node: fx.Node, user: fx.Node, parts: list[fx.Node], between: set[fx.Node]) -> bool:
     """Whether a value is final states only, arranged by nodes that nothing else uses."""
     if _is_final_state(node):
         parts.append(node)

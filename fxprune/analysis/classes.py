@@ -70,9 +70,7 @@ def _uses_by_role(blocks: tuple[Block, ...]) -> dict[tuple[str, str], list[Block
     return roles
 
 
-def _class_of(
-    block: Block, loop: set[fx.Node], recurrent_values: set[fx.Node]
-) -> ConnectionClass:
+def _class_of(block: Block, loop: set[fx.Node], recurrent_values: set[fx.Node]) -> ConnectionClass:
     if operation_name(block.consumer) in _LAYERS:
         leaf = _layer_argument(block)
         return ConnectionClass.INPUT if leaf == "ih" else ConnectionClass.RECURRENT

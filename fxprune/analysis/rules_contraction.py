@@ -7,7 +7,7 @@ the parts of a split dimension meet (heads), a whole part is one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -32,7 +32,9 @@ def connect(
         return
     rank = destinations.dim()
     none = _NOBODY.reshape((1,) * rank)
-    w.uses.append(Use(str(roots[0].target), operand, node, none if sources is None else sources, destinations))
+    w.uses.append(
+        Use(str(roots[0].target), operand, node, none if sources is None else sources, destinations)
+    )
 
 
 def linear(w: Walker, node: fx.Node) -> Label:
@@ -45,13 +47,10 @@ def _product(
     w: Walker, node: fx.Node, x: Any, weight: Any, inner: int, outer: int, bias: Any = None
 ) -> Label:
     """Contracts the last dimension of ``x`` with dimension ``inner`` of a two-dimensional weight."""
-    rank, size = len(w.shape(x)), w.shape(weight)
-    rows = _weight_axis(w, weight, outer)
-    columns = _weight_axis(w, weight, inner)
-    _meet(w, x, rank - 1, columns.reshape(-1))
-    shape = [1] * len(size)
-    at = lambda ids, d: ids.reshape([size[d] if i == d else 1 for i in range(len(shape))])  # noqa: E731
-    connect(w, node, weight, at(columns, inner), at(rows, outer))
+    rank = len(w.shape(x))
+    rows, columns = _weight_axis(w, weight, outer), _weight_axis(w, weight, inner)
+    _meet(w, x, rank - 1, columns)
+    connect(w, node, weight, columns.unsqueeze(outer), rows.unsqueeze(inner))
     if isinstance(bias, fx.Node):
         for axis in w.axes_at(bias, len(w.shape(bias)) - 1):
             w.ledger.unify(axis.ids.reshape(-1), rows.reshape(-1))
@@ -167,17 +166,18 @@ def _batched(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Aligns [batch..., rows, k] with [batch..., columns, k] over batch and k."""
     left, right = left.select(-2, 0), right.select(-2, 0)
     rank = max(left.dim(), right.dim())
-    pad = lambda t: t.reshape((1,) * (rank - t.dim()) + tuple(t.shape))  # noqa: E731
-    return pad(left), pad(right)
+    return _widened(left, rank), _widened(right, rank)
+
+
+def _widened(ids: Tensor, rank: int) -> Tensor:
+    return ids.reshape((1,) * (rank - ids.dim()) + tuple(ids.shape))
 
 
 def _without(w: Walker, x: Any, dim: int, rank: int) -> list[Axis]:
     """The axes of one factor over the product: the contracted dimension holds nothing of it."""
     found = []
     for axis in w.label(x):
-        ids = axis.ids.narrow(dim, 0, 1)
-        lead = rank - ids.dim()
-        ids = ids.reshape((1,) * lead + tuple(ids.shape))
+        ids = _widened(axis.ids.narrow(dim, 0, 1), rank)
         if ids.numel() > 1:
             found.append(Axis(ids))
     return found
@@ -198,8 +198,8 @@ def _combine(w: Walker, left: list[Axis], right: list[Axis]) -> Label:
 
 def attention(w: Walker, node: fx.Node) -> Label:
     """Scaled dot-product attention: ``query`` and ``key`` contract, ``value`` passes."""
-    query, key, value = node.args[:3]
-    rank = len(w.shape(query))  # type: ignore[arg-type]
+    query, key, value = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
+    rank = len(w.shape(query))
     _contract(w, node, query, rank - 1, key, rank - 1)
     heads = [Axis(a.ids.narrow(rank - 1, 0, 1)) for a in w.label(query)]
     heads = [a for a in heads if a.ids.numel() > 1]
@@ -225,15 +225,11 @@ def embedding(w: Walker, node: fx.Node) -> Label:
 def convolution(w: Walker, node: fx.Node) -> Label:
     """Convolutions of any rank, grouped, depthwise or transposed."""
     name = operation_name(node)
-    args = dict(enumerate(node.args))
+    args: dict[int, Any] = dict(enumerate(node.args))
     x, weight, bias = args[0], args[1], args.get(2)
-    if name == "convolution":
-        transposed, groups = bool(args[6]), int(args[8])  # type: ignore[arg-type]
-    else:
-        transposed = "transpose" in name
-        groups = int(args.get(6, 1) if not transposed else args.get(6, 1))  # type: ignore[arg-type]
-        if transposed:
-            groups = int(args.get(6, 1))  # type: ignore[arg-type]
+    plain = name != "convolution"
+    transposed = "transpose" in name if plain else bool(args[6])
+    groups = int(args.get(6, 1) if plain else args[8])
     spatial = len(w.shape(weight)) - 2
     channel = len(w.shape(x)) - 1 - spatial
     for axis in w.label(x):
@@ -340,7 +336,9 @@ def _einsum_labels(
         if letter in a and letter in b:
             _einsum_meet(w, node, operands, terms, letter, result, weight)
         elif letter not in result:
-            for axis in w.axes_at(operands[0 if letter in a else 1], terms[letter in b].index(letter)):
+            for axis in w.axes_at(
+                operands[0 if letter in a else 1], terms[letter in b].index(letter)
+            ):
                 w.ledger.freeze(axis.ids, "summed over by einsum")
                 w.read(node, operands[0 if letter in a else 1], axis.ids, "other")
     if weight is not None:
@@ -384,8 +382,7 @@ def _einsum_meet(
         _join_parts(w, right)
         if left.numel() == left.shape[-1]:
             w.read(node, operands[0], ours[0].ids, "reduction")
-    first = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
-    a, b = first(left), first(right)
+    a, b = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     if a.shape[0] > 1 and b.shape[0] > 1 and a.shape[0] != b.shape[0]:
         a = a[:1]
     w.ledger.unify(a, b)
@@ -426,4 +423,3 @@ RULES: dict[str, Any] = {
         convolution,
     ),
 }
-

@@ -61,11 +61,11 @@ def _execute(w: Walker, node: fx.Node, ids: Tensor) -> Any:
         fx.map_arg(a, lambda n: ids if n is node.args[0] else _plain(w, n)) for a in node.args
     ]
     options = {k: fx.map_arg(v, lambda n: _plain(w, n)) for k, v in node.kwargs.items()}
-    target = _VIEWS.get(node.target, node.target)
+    target: Any = _VIEWS.get(node.target, node.target)
     return target(*arguments, **options)
 
 
-_VIEWS = {
+_VIEWS: dict[Any, Any] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
 }
@@ -216,7 +216,8 @@ def pick(w: Walker, node: fx.Node) -> Label:
     if values is None:
         w.refuse(node, "neurons picked by indices computed at run time", *_ids(w, source))
         return ()
-    return move(w, node)  # type: ignore[no-any-return]
+    moved: Label = move(w, node)
+    return moved
 
 
 def gather(w: Walker, node: fx.Node) -> Label:

@@ -160,11 +160,20 @@ RULES: dict[str, Any] = {
         factory,
     ),
     **dict.fromkeys(
-        ("arange", "eye", "scalar_tensor", "linspace", "one_hot", "tril", "triu", "sym_size", "item"),
+        (
+            "arange",
+            "eye",
+            "scalar_tensor",
+            "linspace",
+            "one_hot",
+            "tril",
+            "triu",
+            "sym_size",
+            "item",
+        ),
         plain,
     ),
     "glu": glu,
     "prelu": prelu,
     "_prelu_kernel": prelu,
 }
-

@@ -66,9 +66,7 @@ def cell(w: Walker, node: fx.Node) -> Any:
     return [result, result] if name == "lstm_cell" else result
 
 
-def _units(
-    w: Walker, node: fx.Node, x: Any, w_ih: Any, b_ih: Any, b_hh: Any, gates: int
-) -> Tensor:
+def _units(w: Walker, node: fx.Node, x: Any, w_ih: Any, b_ih: Any, b_hh: Any, gates: int) -> Tensor:
     """The units of a layer: rows of all gate blocks are one, and so are the biases'."""
     rows, columns = _weight_axis(w, w_ih, 0), _weight_axis(w, w_ih, 1)
     _meet(w, x, len(w.shape(x)) - 1, columns)
@@ -87,9 +85,7 @@ def _one_per_gate(w: Walker, rows: Tensor, gates: int) -> Tensor:
     return blocks[0]
 
 
-def _recur(
-    w: Walker, node: fx.Node, w_hh: Any, units: Tensor, outputs: Tensor, gates: int
-) -> None:
+def _recur(w: Walker, node: fx.Node, w_hh: Any, units: Tensor, outputs: Tensor, gates: int) -> None:
     rows, columns = _weight_axis(w, w_hh, 0), _weight_axis(w, w_hh, 1)
     w.ledger.unify(rows.reshape(gates, -1), units.unsqueeze(0))
     w.ledger.unify(columns, outputs)

@@ -114,12 +114,12 @@ def _reduced(w: Walker, node: fx.Node, kind: str) -> Label:
 
 
 def _dims(node: fx.Node, rank: int) -> set[int]:
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if given is None or isinstance(given, (float, bool)):
         return set(range(rank))
     if isinstance(given, int):
         return {given % rank}
-    return {d % rank for d in given} or set(range(rank))  # type: ignore[union-attr]
+    return {int(d) % rank for d in given} or set(range(rank))
 
 
 def along(w: Walker, node: fx.Node) -> Label:
@@ -194,7 +194,17 @@ RULES: dict[str, Any] = {
         reorder,
     ),
     **dict.fromkeys(
-        ("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "logcumsumexp"),
+        (
+            "softmax",
+            "log_softmax",
+            "_softmax",
+            "_log_softmax",
+            "cumsum",
+            "cumprod",
+            "sort",
+            "argsort",
+            "logcumsumexp",
+        ),
         along,
     ),
     "topk": topk,
@@ -208,4 +218,3 @@ RULES: dict[str, Any] = {
         pool,
     ),
 }
-

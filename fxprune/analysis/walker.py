@@ -326,4 +326,3 @@ _WEIGHT_POSITIONS: dict[str, tuple[int, ...]] = {
     "rnn_relu_cell": (2, 3),
     "bilinear": (2,),
 }
-

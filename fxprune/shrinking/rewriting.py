@@ -148,7 +148,10 @@ def _depthwise(node: fx.Node, kept: Kept) -> Arguments:
 
 
 RULES: dict[str, Callable[[fx.Node, Kept], Arguments]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "new_zeros", "new_ones", "new_full", "new_empty"), _sizes_at(1)),
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "new_zeros", "new_ones", "new_full", "new_empty"),
+        _sizes_at(1),
+    ),
     **dict.fromkeys(("zeros", "ones", "full", "empty", "rand", "randn"), _sizes_at(0)),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
     "unflatten": _unflatten,
@@ -159,7 +162,15 @@ RULES: dict[str, Callable[[fx.Node, Kept], Arguments]] = {
     "rms_norm": _layer_norm,
     **dict.fromkeys(("repeat", "tile"), _repeat),
     **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        (
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "convolution",
+            "conv_transpose1d",
+            "conv_transpose2d",
+            "conv_transpose3d",
+        ),
         _depthwise,
     ),
 }

@@ -282,7 +282,9 @@ class _Shrinking:
             for r in self.neurons.readers
             if r.kind != "state"
         )
-        return replace(self.neurons, blocks=blocks, readers=readers, labels={}, owned={}, entries=())
+        return replace(
+            self.neurons, blocks=blocks, readers=readers, labels={}, owned={}, entries=()
+        )
 
 
 def _smaller_inputs(

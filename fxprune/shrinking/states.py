@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,5 +30,3 @@ def leave_state(state: Tensor, places: Tensor) -> Tensor:
         tensor([[5., 0., 6.]])
     """
     return functional.pad(state, (0, 1)).index_select(-1, places)
-
-

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["automatic_shapes", "export", "export_program"]
 
 
-def automatic_shapes(
-    model: nn.Module, call: Call, fixed: Collection[tuple[int, int]] = ()
-) -> Any:
+def automatic_shapes(model: nn.Module, call: Call, fixed: Collection[tuple[int, int]] = ()) -> Any:
     """Dynamic shapes that let every dimension of every input tensor vary.
 
     Args:
@@ -110,7 +108,11 @@ _REMEDIES = (
 def _explain(model: nn.Module, error: Exception) -> str:
     text = str(error).strip()
     remedy = next(
-        (advice for keys, advice in _REMEDIES if any(k in text or k in type(error).__name__ for k in keys)),
+        (
+            advice
+            for keys, advice in _REMEDIES
+            if any(k in text or k in type(error).__name__ for k in keys)
+        ),
         "rewrite that line with operations torch.export can follow",
     )
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)

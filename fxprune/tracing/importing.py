@@ -153,9 +153,7 @@ def size_of(size: int | torch.SymInt) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _get_attr(
-    graph: fx.Graph, twins: dict[fx.Node, fx.Node], node: fx.Node, name: str
-) -> fx.Node:
+def _get_attr(graph: fx.Graph, twins: dict[fx.Node, fx.Node], node: fx.Node, name: str) -> fx.Node:
     for twin in twins.values():
         if twin.op == "get_attr" and twin.target == name:
             return twin

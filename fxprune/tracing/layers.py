@@ -122,9 +122,7 @@ def _run_layer(
 ) -> _State:
     if kind == "lstm":
         h_0, c_0 = initial
-        return recurrent.lstm(
-            x, h_0, c_0, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, lengths, reverse
-        )
+        return recurrent.lstm(x, h_0, c_0, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr, lengths, reverse)
     (h_0,) = initial
     if kind == "gru":
         return recurrent.gru(x, h_0, w.w_ih, w.w_hh, w.b_ih, w.b_hh, lengths, reverse)

@@ -88,9 +88,7 @@ def lstm(
     if _marks():
         return cast(
             "tuple[Tensor, Tensor, Tensor]",
-            torch.ops.fxprune.lstm(
-                x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse
-            ),
+            torch.ops.fxprune.lstm(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse),
         )
     outputs, hidden = w_hh.shape[1], w_hh.shape[0] // 4
     _check("LSTM", x, w_ih, lengths, {"h_0": (h_0, outputs), "c_0": (c_0, hidden)})
@@ -162,9 +160,7 @@ def rnn(
     if _marks():
         return cast(
             "tuple[Tensor, Tensor]",
-            torch.ops.fxprune.rnn(
-                x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, nonlinearity
-            ),
+            torch.ops.fxprune.rnn(x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, nonlinearity),
         )
     kernel = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[nonlinearity]
     return _single_state(kernel, "RNN", x, h_0, (w_ih, w_hh, b_ih, b_hh), lengths, reverse)

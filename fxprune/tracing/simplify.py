@@ -139,9 +139,7 @@ def _grid(node: fx.Node) -> tuple[list[fx.Node], list[int], int] | None:
     return None
 
 
-def _view_grid(
-    node: fx.Node, parts: list[fx.Node]
-) -> tuple[list[fx.Node], list[int], int] | None:
+def _view_grid(node: fx.Node, parts: list[fx.Node]) -> tuple[list[fx.Node], list[int], int] | None:
     """A view that only splits the stacked dimension, such as [layers, directions, batch, hidden]."""
     shape, part = list(node.meta["val"].shape), list(parts[0].meta["val"].shape)
     count = len(shape) - len(part)
@@ -159,7 +157,9 @@ def _index_grid(
     parts: Sequence[fx.Node], lead: Sequence[int], which: int, keep: list[int]
 ) -> list[fx.Node]:
     index = torch.arange(len(parts)).reshape(list(lead))
-    kept = index.index_select(which, torch.tensor([k % lead[which] for k in keep], dtype=torch.int64))
+    kept = index.index_select(
+        which, torch.tensor([k % lead[which] for k in keep], dtype=torch.int64)
+    )
     return [parts[i] for i in kept.flatten().tolist()]
 
 

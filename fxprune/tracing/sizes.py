@@ -7,7 +7,6 @@ in the vocabulary, and lengths are clipped to the new time and stay sorted if th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +124,17 @@ def length_inputs(program: Program) -> dict[str, str]:
 
 def _source(node: fx.Node) -> fx.Node:
     """Follows conversions and copies to where a tensor comes from."""
-    names = ("to", "_to_copy", "clone", "contiguous", "clamp", "clamp_min", "cpu", "view", "reshape")
+    names = (
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "clamp",
+        "clamp_min",
+        "cpu",
+        "view",
+        "reshape",
+    )
     while node.op == "call_function" and isinstance(node.args[0], fx.Node):
         schema = getattr(node.target, "_schema", None)
         if schema is None or str(schema.name).removeprefix("aten::") not in names:

@@ -13,8 +13,8 @@ from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationEr
 from fxprune.program import Call, InputSpec, Program, Refusal
 from fxprune.tracing.exporting import automatic_shapes, export
 from fxprune.tracing.importing import import_program
-from fxprune.tracing.layers import guarded_layers
 from fxprune.tracing.isolation import isolated
+from fxprune.tracing.layers import guarded_layers
 from fxprune.tracing.modes import Step, compare_modes, steps_of, switchable
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes
 from fxprune.verify import compare_outputs, tolerance_of
@@ -30,9 +30,7 @@ Place = tuple[int, int]
 """An input leaf and one of its dimensions."""
 
 
-def trace(
-    model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None
-) -> Program:
+def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> Program:
     """Traces a model into a program that computes the same in eval and in train mode.
 
     The model, its tensors and its mode are left as they were, and so are the random states.
@@ -171,7 +169,10 @@ def _export_freely(model: nn.Module, call: Call, fixed: dict[Place, str]) -> Exp
         failure = error
     leaves = [leaf for leaf in pytree.tree_leaves(call)]
     places = [
-        (i, d) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) for d in range(leaf.dim())
+        (i, d)
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor)
+        for d in range(leaf.dim())
     ]
     # Sizes of 1 are the usual culprits (squeeze), then the later dimensions: batch comes first.
     singles = [(i, d) for i, d in places if leaves[i].shape[d] == 1 and d]
@@ -275,9 +276,7 @@ def _places(inputs: tuple[InputSpec, ...], symbol: str) -> list[Place]:
     ]
 
 
-def _fixed_dimensions(
-    program: Program, fixed: Mapping[Place, str]
-) -> tuple[Refusal, ...]:
+def _fixed_dimensions(program: Program, fixed: Mapping[Place, str]) -> tuple[Refusal, ...]:
     found = []
     for index, spec in enumerate(program.inputs):
         for dim, size in enumerate(spec.shape or ()):
@@ -310,7 +309,5 @@ def _with_modes(
     if len(nodes) != len(follows):
         difference = difference or "dropout or batch norm on a path that tracing removed"
         return replace(program, mode_difference=difference)
-    switches = {
-        n.name: value for n, value in zip(nodes, follows, strict=True) if value is not None
-    }
+    switches = {n.name: value for n, value in zip(nodes, follows, strict=True) if value is not None}
     return replace(program, switches=switches, mode_difference=difference)
