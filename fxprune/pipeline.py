@@ -1,10 +1,10 @@
 """Runs passes one after another and checks each on the spot.
 
 For every pass: a task if it needs one; ``requires``; ``run``; the program given is still as it
-was; the result has the right type; ``changed`` is true; the masks fit the tensors; where the
-graph changed it lints, compiles and gives outputs of the same shapes; if the pass is EXACT the
-outputs are the same on the example inputs; ``ensures``. A failure leaves the program given whole
-and names the pass and those before it.
+was; the result has the right type; ``changed`` is true; the masks fit, and spare what is
+protected; where the graph changed it lints, compiles and gives outputs of the same shapes; if the
+pass is EXACT the outputs are the same on the example inputs; ``ensures``. A failure leaves the
+program given whole and names the pass and those before it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fxprune.errors import (
     VerificationError,
 )
 from fxprune.masking.insertion import insert_masks
+from fxprune.policy import protected
 from fxprune.program import Program, Refusal
 from fxprune.randomness import preserved_random_state
 from fxprune.verify import compare_outputs, tolerance_of
@@ -97,10 +98,13 @@ def run_passes(
         hook: called with each pass, the program it was given, and its result.
 
     Raises:
+        ConfigError: a protect pattern matches no parameter.
         PassError: a pass failed or broke its promise; any error names the pass and those before.
     """
     facts = facts or Facts(program)
     measure = measure or _count_cut
+    if facts.context.protect:  # a wrong pattern is told even where no pass would ask
+        protected(program, facts[NeuronAnalysis], facts.context.protect)
     records: list[PassRecord] = []
     refusals: list[Refusal] = []
     for number, pass_ in enumerate(passes):
@@ -181,6 +185,7 @@ def _run_checked(program: Program, pass_: Pass, facts: Facts) -> PassResult:
         raise _broken(pass_, f"it says that it {claim}, and that is not so")
     if result.changed:
         _check_masks(pass_, result.program)
+        _check_protection(pass_, facts, program, result.program)
         _check_outputs(pass_, facts, program, result.program)
     pass_.ensures(program, result)
     return result
@@ -195,6 +200,21 @@ def _check_masks(pass_: Pass, program: Program) -> None:
         tensor = program.tensors.get(name)
         if tensor is None or mask.shape != tensor.shape or mask.dtype != torch.bool:
             raise _broken(pass_, f"the mask of {name!r} does not fit a tensor of that name")
+
+
+def _check_protection(pass_: Pass, facts: Facts, before: Program, after: Program) -> None:
+    """What a pass adds to the masks must spare what the user protects."""
+    if not facts.context.protect or after.graph is not before.graph:
+        return
+    spared = protected(before, facts[NeuronAnalysis], facts.context.protect)
+    added = after.masks.neurons[~torch.isin(after.masks.neurons, before.masks.neurons)]
+    if bool(spared.neurons[added].any()):
+        raise _broken(pass_, "it cut neurons that are protected")
+    for name in sorted(spared.tensors & after.masks.connections.keys()):
+        earlier = before.masks.connections.get(name)
+        keep = after.masks.connections[name]
+        if not bool((keep if earlier is None else keep | ~earlier).all()):
+            raise _broken(pass_, f"it masked connections of {name!r}, which is protected")
 
 
 def _check_outputs(pass_: Pass, facts: Facts, before: Program, after: Program) -> None:

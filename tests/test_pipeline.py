@@ -283,6 +283,40 @@ def test_broken_pass_is_named_with_those_before(
     assert caught.value.pass_name == "odd"
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (Cut(1), "pass 'cut': it cut neurons that are protected." + DEFECT),
+        (
+            Odd(lambda p: PassResult(masked(p), True)),
+            "pass 'odd': it masked connections of '0.weight', which is protected." + DEFECT,
+        ),
+    ],
+)
+def test_protection_is_enforced(program: Program, made: Pass, message: str) -> None:
+    facts = Facts(program, Context(protect=("0.*",)))
+    with pytest.raises(PostconditionError) as caught:
+        run_passes(program, [made], facts=facts)
+    assert str(caught.value) == message
+
+
+def test_earlier_masks_of_protected_tensors_are_no_offence(program: Program) -> None:
+    start = masked(program)
+    facts = Facts(start, Context(protect=("0.bias", "2.*", "0.weight")))
+    outcome = run_passes(start, [Odd(lambda p: PassResult(masked_again(p), True))], facts=facts)
+    assert outcome.log[0].changed
+
+
+def masked_again(program: Program) -> Program:
+    tensors = {**program.tensors, "2.bias": nn.Parameter(torch.ones(2))}
+    return replace(masked(program), tensors=tensors)
+
+
+def test_wrong_pattern_is_told_without_any_pass(program: Program) -> None:
+    with pytest.raises(ConfigError, match="protect pattern 'decoder' matches no parameter"):
+        run_passes(program, [], facts=Facts(program, Context(protect=("decoder",))))
+
+
 def test_crash_is_wrapped_with_its_cause(program: Program) -> None:
     with pytest.raises(PassError) as caught:
         run_passes(program, [Odd(_crash)])
