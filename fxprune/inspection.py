@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from fxprune.errors import ConfigError
-from fxprune.program import Program
 from fxprune.tables import render_pairs, render_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fxprune.analysis.neurons import Block, Group, Neurons
-    from fxprune.program import Refusal
+    from fxprune.program import Program, Refusal
 
 __all__ = ["View", "connection_graph", "inspect"]
 
@@ -103,8 +102,9 @@ def inspect(
         >>> print(view)  # doctest: +SKIP
     """
     from fxprune.analysis import analyze
+    from fxprune.compiler import as_program
 
-    program = _program_of(model_or_program, example_inputs, dynamic_shapes)
+    program = as_program(model_or_program, example_inputs, dynamic_shapes)
     return view_of(program, analyze(program))
 
 
@@ -174,23 +174,6 @@ def _add_end(
         reason="they are no neurons",
         order=order,
     )
-
-
-def _program_of(model_or_program: Any, example_inputs: Any, dynamic_shapes: Any) -> Program:
-    from fxprune.tracing.tracer import trace
-
-    if not isinstance(model_or_program, Program):
-        if example_inputs is None:
-            raise ConfigError(
-                "inspect needs example_inputs to trace a module: pass one call's inputs."
-            )
-        return trace(model_or_program, example_inputs, dynamic_shapes=dynamic_shapes)
-    if example_inputs is not None or dynamic_shapes is not None:
-        raise ConfigError(
-            "example_inputs and dynamic_shapes belong to tracing, and a program is traced already; "
-            "leave them out."
-        )
-    return model_or_program
 
 
 def _summary(view: View) -> str:

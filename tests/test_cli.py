@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +21,11 @@ from torch import nn
 
 import fxprune
 from fxprune import cli
+from fxprune.archives import save_archive
 from fxprune.commands.listing import describe, describe_all
 from fxprune.commands.verifying import verify
 from fxprune.contract import Effect, Facts, Pass, PassResult
-from fxprune.errors import ArchiveError, ConfigError, VerificationError
+from fxprune.errors import ConfigError, VerificationError
 from fxprune.policy import Policy
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
@@ -95,11 +97,9 @@ def program() -> Program:
 
 
 @pytest.fixture
-def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Program) -> Path:
-    """A file that loads as :func:`program`; reading archives has tests of its own."""
+def archive(tmp_path: Path, program: Program) -> Path:
     path = tmp_path / "m.pt2"
-    path.write_bytes(b"")
-    monkeypatch.setattr(fxprune, "load", lambda _: program, raising=False)
+    save_archive(program, path)
     return path
 
 
@@ -188,14 +188,13 @@ def test_our_own_failures_say_so(run: Fxprune, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_errors_of_archives(run: Fxprune, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(path: str) -> None:
-        raise ArchiveError(f"{path} is corrupt:\nget another", path=path)
-
-    monkeypatch.setattr(fxprune, "load", load)
-    assert run("inspect", archive) == Result(
-        2, "", f"fxprune: error: {archive} is corrupt: get another\n"
-    )
+def test_errors_of_archives(run: Fxprune, tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    path.write_text("no archive")
+    result = run("inspect", path)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith("fxprune: error: ")
+    assert "m.pt2" in result.err
 
 
 # inspect ---------------------------------------------------------------------------------------
@@ -270,16 +269,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         calls.append(SimpleNamespace(model=model, policy=policy, **options))
         return Compact()
 
-    monkeypatch.setattr(fxprune, "compile", compile_, raising=False)
+    monkeypatch.setattr(fxprune, "compile", compile_)
     return calls
 
 
 def test_compile_an_archive(
-    run: Fxprune,
-    archive: Path,
-    program: Program,
-    tmp_path: Path,
-    compiled: list[SimpleNamespace],
+    run: Fxprune, archive: Path, tmp_path: Path, compiled: list[SimpleNamespace]
 ) -> None:
     paths = [tmp_path / name for name in ("m.onnx", "small.pt2", "report.json")]
     policy = "states=shrink;magnitude{sparsity=0.5}"
@@ -288,7 +283,7 @@ def test_compile_an_archive(
     assert result == Result(0, f"the report\n\nsaved {paths[1]} (7 bytes)\n\nwritten\n", "")
     assert [path.read_text() for path in paths] == ["19", "archive", "1\n"]
     (call,) = compiled
-    assert call.model is program
+    assert isinstance(call.model, Program)
     assert isinstance(call.policy, Policy)
     assert str(call.policy) == policy
     assert (call.example_inputs, call.task) == (None, None)
@@ -329,6 +324,20 @@ def test_compile_refuses_before_any_work(
     assert message in result.err
     assert compiled == []
     assert models not in sys.modules
+
+
+def test_compile_then_verify(run: Fxprune, models: str, tmp_path: Path) -> None:
+    names = ("m.onnx", "small.pt2", "report.json")
+    policy = "magnitude{sparsity=0.5,structure=connection}"
+    options = ("-o", names[0], "--save", names[1], "--report", names[2])
+    result = run("compile", f"{models}:gru", "--policy", policy, *options)
+    assert (result.code, result.err) == (0, "")
+    report = json.loads((tmp_path / names[2]).read_text())
+    assert report["policy"] == policy
+    assert report["connections"] == {"before": 84, "after": 42}
+    checked = run("verify", names[1], names[0])
+    assert checked.code == 0
+    assert "m.onnx computes what small.pt2 does." in checked.out
 
 
 # verify ----------------------------------------------------------------------------------------

@@ -48,7 +48,6 @@ def test_the_task_covers_every_training_image_once() -> None:
 
 def test_the_demo_in_small(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    pytest.importorskip("fxprune.compiler")
     said: list[str] = []
     demo.run(tmp_path / "demo.onnx", say=said.append, epochs=1, hidden=8)
     text = "\n".join(said)

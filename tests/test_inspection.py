@@ -127,12 +127,12 @@ def test_a_module_is_traced(view: View) -> None:
 
 
 def test_a_module_needs_inputs() -> None:
-    with pytest.raises(ConfigError, match="inspect needs example_inputs"):
+    with pytest.raises(ConfigError, match="example_inputs is missing"):
         inspect(Tagger())
 
 
 def test_a_program_takes_none(program: Program) -> None:
-    with pytest.raises(ConfigError, match="a program is traced already"):
+    with pytest.raises(ConfigError, match="a program has its example inputs"):
         inspect(program, torch.zeros(3, 2, dtype=torch.int64))
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.errors import ConfigError, VerificationError
+from fxprune.naming import symbol_names
 from fxprune.tables import render_table
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
 from fxprune.verify import Difference, compare_outputs, rounding_effect, tolerance_of
@@ -61,7 +62,7 @@ def verify(program: Program, onnx: Path) -> dict[str, Difference]:
     session = _open(onnx)
     names = _input_names(program, session)
     example = example_sizes(program)
-    labels = _labels(program, session, names)
+    labels = symbol_names(program)
     module = program.module()
     found: dict[str, Difference] = {}
     for sizes in (example, *candidate_sizes(example)):
@@ -154,17 +155,6 @@ def _input_names(program: Program, session: Any) -> dict[int, str]:
         f"the ONNX file takes {', '.join(given)} and the archive {', '.join(by_name)}; give the "
         "archive that the file was made from."
     )
-
-
-def _labels(program: Program, session: Any, names: Mapping[int, str]) -> dict[str, str]:
-    """What the file calls the dimensions that vary, by the program's symbol."""
-    shapes = {i.name: i.shape for i in session.get_inputs()}
-    labels: dict[str, str] = {}
-    for index, name in names.items():
-        for symbol, called in zip(program.inputs[index].shape or (), shapes[name], strict=False):
-            if isinstance(symbol, str) and isinstance(called, str):
-                labels.setdefault(symbol, called)
-    return labels
 
 
 def _array(value: Tensor, session: Any, name: str) -> Any:

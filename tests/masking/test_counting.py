@@ -6,18 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.analysis.neurons import Block, ConnectionClass, Group, Neurons
+from fxprune.analysis import ConnectionClass, Neurons, analyze
 from fxprune.masking.counting import BlockCount, Count, count
 from fxprune.masking.masks import Masks
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 
 INPUTS, UNITS, OUTPUTS = 3, 4, 2
-WEIGHTS = {
-    "rnn.weight_ih_l0": "input",
-    "rnn.weight_hh_l0": "recurrent",
-    "out.weight": "feedforward",
-}
 
 
 class Tagger(nn.Module):
@@ -42,43 +37,20 @@ def program() -> Program:
 
 @pytest.fixture(scope="module")
 def neurons(program: Program) -> Neurons:
-    """Inputs are neurons 0-2, units 3-6, outputs 7-8."""
-    x, units, y = torch.arange(3), torch.arange(3, 7), torch.arange(7, 9)
-    gates = units.repeat(3).unsqueeze(1)  # [12, 1]
-    ends = {
-        "rnn.weight_ih_l0": (x.unsqueeze(0), gates, (12, 3), "x", "rnn"),
-        "rnn.weight_hh_l0": (units.unsqueeze(0), gates, (12, 4), "rnn", "rnn"),
-        "out.weight": (units.unsqueeze(0), y.unsqueeze(1), (2, 4), "rnn", "out"),
-    }
-    reads = {n.target: n for n in program.graph.nodes if n.op == "get_attr"}
-    blocks = []
-    for name, (sources, destinations, shape, source, destination) in ends.items():
-        (user,) = reads[name].users
-        operand, consumer = reads[name], user
-        if name == "out.weight":
-            operand, (consumer,) = user, user.users
-        kind = ConnectionClass(WEIGHTS[name])
-        blocks.append(
-            Block(
-                name,
-                name,
-                operand,
-                consumer,
-                sources,
-                destinations,
-                shape,
-                kind,
-                source,
-                destination,
-            )
-        )
-    free = torch.tensor([False] * 3 + [True] * 4 + [False] * 2)
-    groups = (
-        Group("x", x, free[x], False, "the model's input"),
-        Group("rnn", units, free[units], True, ""),
-        Group("out", y, free[y], False, "the model's output"),
-    )
-    return Neurons(9, groups, tuple(blocks), (), {}, {}, free, ())
+    return analyze(program)
+
+
+def units(neurons: Neurons) -> Tensor:
+    """The numbers of the units of the GRU."""
+    (group,) = (g for g in neurons.groups if g.recurrent)
+    return group.neurons
+
+
+def all_but(neurons: Neurons, *dead: int) -> Tensor:
+    """Which neurons are alive if these units of the GRU are not."""
+    alive = torch.ones(neurons.count, dtype=torch.bool)
+    alive[units(neurons)[list(dead)]] = False
+    return alive
 
 
 def connections(blocks: tuple[BlockCount, ...]) -> dict[str, tuple[int, int]]:
@@ -92,12 +64,10 @@ def shapes(program: Program, units: int) -> dict[str, tuple[int, ...]]:
 
 
 def test_nothing_pruned(program: Program, neurons: Neurons) -> None:
-    counts = count(program, neurons, Masks(), torch.ones(9, dtype=torch.bool), shapes(program, 4))
-    assert [(g.name, g.neurons) for g in counts.groups] == [
-        ("x", Count(3, 3)),
-        ("rnn", Count(4, 4)),
-        ("out", Count(2, 2)),
-    ]
+    counts = count(program, neurons, Masks(), all_but(neurons), shapes(program, 4))
+    assert [g.neurons for g in counts.groups] == [Count(3, 3), Count(4, 4), Count(2, 2)]
+    assert [g.recurrent for g in counts.groups] == [False, True, False]
+    assert [g.frozen for g in counts.groups] == [True, False, True]
     assert connections(counts.blocks) == {
         "rnn.weight_ih_l0": (36, 36),
         "rnn.weight_hh_l0": (48, 48),
@@ -110,10 +80,8 @@ def test_nothing_pruned(program: Program, neurons: Neurons) -> None:
 
 
 def test_dead_neurons_take_their_connections_along(program: Program, neurons: Neurons) -> None:
-    alive = torch.ones(9, dtype=torch.bool)
-    alive[4] = False
-    masks = Masks().cut_neurons(torch.tensor([4]))
-    counts = count(program, neurons, masks, alive, shapes(program, 3))
+    masks = Masks().cut_neurons(units(neurons)[1:2])
+    counts = count(program, neurons, masks, all_but(neurons, 1), shapes(program, 3))
     assert counts.groups[1].neurons == Count(4, 3)
     assert connections(counts.blocks) == {
         "rnn.weight_ih_l0": (36, 27),
@@ -131,8 +99,8 @@ def test_dead_neurons_take_their_connections_along(program: Program, neurons: Ne
 def test_a_cut_neuron_that_lives_loses_only_what_leaves_it(
     program: Program, neurons: Neurons
 ) -> None:
-    masks = Masks().cut_neurons(torch.tensor([4]))
-    counts = count(program, neurons, masks, torch.ones(9, dtype=torch.bool), shapes(program, 4))
+    masks = Masks().cut_neurons(units(neurons)[1:2])
+    counts = count(program, neurons, masks, all_but(neurons), shapes(program, 4))
     assert connections(counts.blocks) == {
         "rnn.weight_ih_l0": (36, 36),
         "rnn.weight_hh_l0": (48, 36),
@@ -142,32 +110,29 @@ def test_a_cut_neuron_that_lives_loses_only_what_leaves_it(
 
 def test_masks_of_rearranged_weights_are_followed(program: Program, neurons: Neurons) -> None:
     keep = torch.ones(UNITS, OUTPUTS, dtype=torch.bool)
-    keep[0, 1] = keep[2, 0] = False  # connections of units 3 and 5
-    alive = torch.ones(9, dtype=torch.bool)
-    alive[5] = False  # unit 5 goes as a whole: 2 connections, one of them masked anyway
+    keep[0, 1] = keep[2, 0] = False  # connections of units 0 and 2
     masks = Masks(connections={"out.weight": keep})
-    counts = count(program, neurons, masks, alive, shapes(program, 3))
+    # Unit 2 goes as a whole: two connections, one of them masked anyway.
+    counts = count(program, neurons, masks, all_but(neurons, 2), shapes(program, 3))
     assert connections(counts.blocks)["out.weight"] == (8, 5)
 
 
 def test_masks_of_direct_weights(program: Program, neurons: Neurons) -> None:
     keep = torch.rand(12, 3) > 0.5
     masks = Masks(connections={"rnn.weight_ih_l0": keep})
-    counts = count(program, neurons, masks, torch.ones(9, dtype=torch.bool), shapes(program, 4))
+    counts = count(program, neurons, masks, all_but(neurons), shapes(program, 4))
     assert connections(counts.blocks)["rnn.weight_ih_l0"] == (36, int(keep.sum()))
     assert counts.by_class[ConnectionClass.INPUT].removed == pytest.approx(
         1 - float(keep.float().mean()), abs=1e-7
     )
 
 
-def test_rows_of_an_embedding_come_from_no_neuron(program: Program, neurons: Neurons) -> None:
-    (block, *_) = neurons.blocks
-    rowless = Block(
-        "table", "rnn.weight_ih_l0", block.operand, block.consumer,
-        torch.tensor([[-1]]), torch.arange(3).unsqueeze(0), (12, 3),
-    )  # fmt: skip
-    alive = torch.tensor([True, False, True] + [True] * 6)
-    only = Neurons(9, neurons.groups, (rowless,), (), {}, {}, neurons.free, ())
-    counts = count(program, only, Masks(), alive, {})
-    assert connections(counts.blocks) == {"table": (36, 24)}
-    assert counts.parameters.after == 0
+def test_rows_of_an_embedding_come_from_no_neuron() -> None:
+    program = trace(nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 2)), torch.tensor([[3, 4]]))
+    neurons = analyze(program)
+    table, linear = neurons.blocks
+    alive = torch.ones(neurons.count, dtype=torch.bool)
+    alive[table.destinations.flatten()[:2]] = False
+    counts = count(program, neurons, Masks(), alive, {})
+    assert connections(counts.blocks) == {table.name: (45, 27), linear.name: (10, 6)}
+    assert counts.parameters == Count(45 + 10 + 2, 0)
