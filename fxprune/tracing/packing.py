@@ -65,10 +65,10 @@ class TracedSequence(torch_packing.PackedSequence):
         """Moves the padded tensor; lengths stay where they are."""
         return TracedSequence.of(self.content.padded.to(*args, **kwargs), self.content.lengths)
 
-    data = property(_refuse)  # type: ignore[assignment]
-    batch_sizes = property(_refuse)  # type: ignore[assignment]
-    sorted_indices = property(_refuse)  # type: ignore[assignment]
-    unsorted_indices = property(_refuse)  # type: ignore[assignment]
+    data = property(_refuse)
+    batch_sizes = property(_refuse)
+    sorted_indices = property(_refuse)
+    unsorted_indices = property(_refuse)
 
 
 def pad_packed(
@@ -155,7 +155,7 @@ def traced_packing() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(function: FunctionType, replacement: str) -> Iterator[None]:
+def _replaced(function: Any, replacement: str) -> Iterator[None]:
     """Lets a function forward to one of this module, in this thread, until the block ends."""
     original = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__
@@ -185,7 +185,8 @@ def _forwarding_code(forward: _Forward) -> CodeType:
     """Code without free variables (assignable to any function) that calls ``forward``."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return "forward"(*args, **kwargs)  # type: ignore[operator]
+        target: Any = "forward"  # a constant to be replaced
+        return target(*args, **kwargs)
 
     constants = tuple(forward if c == "forward" else c for c in call.__code__.co_consts)
-    return call.__code__.replace(co_consts=constants)  # type: ignore[arg-type]
+    return call.__code__.replace(co_consts=constants)
