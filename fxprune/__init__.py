@@ -9,16 +9,25 @@
 torch.Size([3, 7, 16])
 """
 
-from fxprune.archives import load
-from fxprune.compiler import Compact, Prepared, compile, prepare
-from fxprune.inspection import View, inspect
-from fxprune.policy import Policy
-from fxprune.program import Program
-from fxprune.report import Report
-from fxprune.tracing.tracer import trace
-from fxprune.training import Task
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fxprune.tracing import packing, recurrent, states
+
+if TYPE_CHECKING:
+    from fxprune.archives import load
+    from fxprune.compiler import Compact, Prepared, compile, prepare
+    from fxprune.inspection import View, inspect
+    from fxprune.policy import Policy
+    from fxprune.program import Program
+    from fxprune.report import Report
+    from fxprune.tracing.tracer import trace
+    from fxprune.training import Task
 
 __version__ = "0.1.0"
+
+# Importing these registered the operations that archives are made of, for torch's own loader too.
+_MARKERS = (packing, recurrent, states)
 
 __all__ = [
     "Compact",
@@ -34,3 +43,31 @@ __all__ = [
     "prepare",
     "trace",
 ]
+
+_PLACES = {
+    "Compact": "compiler",
+    "Policy": "policy",
+    "Prepared": "compiler",
+    "Program": "program",
+    "Report": "report",
+    "Task": "training",
+    "View": "inspection",
+    "compile": "compiler",
+    "inspect": "inspection",
+    "load": "archives",
+    "prepare": "compiler",
+    "trace": "tracing.tracer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: ``fxprune --help`` need not wait for ONNX."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'fxprune' has no attribute {name!r}")
+    value = getattr(import_module(f"fxprune.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

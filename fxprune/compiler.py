@@ -26,6 +26,7 @@ from fxprune.shrinking.compact import compact_program
 from fxprune.shrinking.liveness import alive_neurons
 from fxprune.tracing.exporting import export_program
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
+from fxprune.tracing.states import plain_states
 from fxprune.tracing.tracer import own_call, trace
 from fxprune.verify import verify_programs
 
@@ -88,12 +89,14 @@ class Compact:
             VerificationError: the file computes something else.
         """
         program = self._current()
+        with plain_states():
+            exported = export_program(program)
         return write_onnx(
-            export_program(program),
+            exported,
             self.module,
             list(_onnx_cases(program, self.module)),
             path,
-            input_names=[spec.name for spec in program.inputs],
+            input_names=[spec.name for spec in program.inputs if spec.shape is not None],
             dimension_names=dimension_names(program),
             opset=opset,
         )

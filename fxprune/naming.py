@@ -30,9 +30,9 @@ def symbol_names(program: Program) -> dict[str, str]:
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _LAYERS:
             time, batch = (str(s) for s in node.args[0].meta["val"].shape[:2])
-            for symbol, name in ((batch, "batch"), (time, "time")):
-                if symbol in inputs:
-                    give(symbol, name)
+            for size, name in ((batch, "batch"), (time, "time")):
+                if size in inputs:
+                    give(size, name)
             break
     for spec in program.inputs:
         for dim, symbol in enumerate(spec.shape or ()):

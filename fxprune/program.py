@@ -143,7 +143,8 @@ class Program:
                 _attach(module, alias, module.get_parameter(name))
         if self.mode_difference is not None:
             # Every GraphModule has a class of its own.
-            type(module).train = _refuse_train(self.mode_difference)  # type: ignore[method-assign]
+            owner: Any = type(module)
+            owner.train = _refuse_train(self.mode_difference)
         return module.eval()
 
 

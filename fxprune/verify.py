@@ -95,8 +95,8 @@ def _compare_leaf(name: str, expected: Any, actual: Any) -> Difference:
     wide = torch.float64 if not expected.is_complex() else torch.complex128
     left, right = expected.detach().to(wide), actual.detach().to(wide)
     # NaN and infinity agree where both have the same.
-    same = torch.eq(left, right) | (left.isnan() & right.isnan())
-    gap = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=infinite, posinf=infinite)
+    agree = torch.eq(left, right).logical_or(left.isnan() & right.isnan())
+    gap = torch.where(agree, 0.0, (left - right).abs()).nan_to_num(nan=infinite, posinf=infinite)
     finite = torch.where(left.isfinite(), left.abs(), 0.0)
     max_abs = float(gap.max())
     return Difference(max_abs, max_abs / max(1.0, float(finite.max())), name)

@@ -1,4 +1,4 @@
-"""Recurrent states at the model's boundary: inputs that only start them, outputs that only end them.
+"""Recurrent states at the model's boundary: inputs that only start, outputs that only end them.
 
 Such a tensor can keep its external size while the units inside are removed: the state is indexed
 on the way in and filled with zeros on the way out.
@@ -16,12 +16,22 @@ from fxprune.analysis.walker import operation_name
 if TYPE_CHECKING:
     from fxprune.program import Program
 
-__all__ = ["Boundary", "find_boundary"]
+__all__ = ["Boundary", "find_boundary", "outward_users"]
 
 _CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 _STATE_ARGUMENTS = {"lstm": (1, 2), "gru": (1,), "rnn": (1,), **dict.fromkeys(_CELLS, (1,))}
-_THROUGH = ("select", "slice", "squeeze", "unsqueeze", "to", "contiguous", "clone", "expand")
-_AROUND = ("stack", "unsqueeze", "squeeze", "contiguous", "clone", "transpose")
+_THROUGH = (
+    "select",
+    "slice",
+    "squeeze",
+    "unsqueeze",
+    "to",
+    "contiguous",
+    "clone",
+    "expand",
+    "enter_state",
+)
+_AROUND = ("stack", "unsqueeze", "squeeze", "contiguous", "clone", "transpose", "leave_state")
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ def _starts_states(node: fx.Node) -> set[fx.Node] | None:
     for user in node.users:
         name = operation_name(user) if user.op == "call_function" else ""
         if name in _STATE_ARGUMENTS and _only_state(user, node):
+            continue
+        if name == "sym_size":  # of a dimension that varies, which holds no neurons
             continue
         last = node.meta["val"].dim() - 1
         if name in _THROUGH and _keeps_last(user, last):
@@ -130,5 +142,17 @@ def _is_final_state(node: fx.Node) -> bool:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    operation = operation_name(source)
-    return operation == "lstm_cell" or (operation in _STATE_ARGUMENTS and node.args[1] != 0)
+    name = operation_name(source)
+    return name == "lstm_cell" or (name in _STATE_ARGUMENTS and int(str(node.args[1])) > 0)
+
+
+def outward_users(state: fx.Node) -> list[fx.Node]:
+    """The users of a final state that lead to the model's output and nowhere else."""
+
+    def leads_out(node: fx.Node) -> bool:
+        if node.op == "output":
+            return True
+        arranges = node.op == "call_function" and operation_name(node) in _AROUND
+        return arranges and bool(node.users) and all(leads_out(u) for u in node.users)
+
+    return [u for u in list(state.users) if leads_out(u)]

@@ -8,7 +8,7 @@ that broadcast against the value they describe; ``-1`` marks a position without 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Block", "ConnectionClass", "Entry", "Group", "Neurons", "Reader"]
 
 
-class ConnectionClass(str, Enum):
+class ConnectionClass(StrEnum):
     """How a block of connections meets recurrent neurons.
 
     Source: Li et al., "Evolutionary stage-wise pruning", TNNLS 2022, section on connection types.

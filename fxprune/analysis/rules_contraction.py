@@ -46,7 +46,7 @@ def linear(w: Walker, node: fx.Node) -> Label:
 def _product(
     w: Walker, node: fx.Node, x: Any, weight: Any, inner: int, outer: int, bias: Any = None
 ) -> Label:
-    """Contracts the last dimension of ``x`` with dimension ``inner`` of a two-dimensional weight."""
+    """Contracts the last dimension of ``x`` with dimension ``inner`` of a weight matrix."""
     rank = len(w.shape(x))
     rows, columns = _weight_axis(w, weight, outer), _weight_axis(w, weight, inner)
     _meet(w, x, rank - 1, columns)
@@ -57,7 +57,7 @@ def _product(
     out_rank = len(w.shape(node))
     carried = [a for a in w.label(x) if rank - 1 not in a.dims and a.ids.numel() > 1]
     result = [Axis(rows.reshape((1,) * (out_rank - 1) + (-1,)))]
-    return (*[a.at(a.ids.reshape(a.ids.shape[: out_rank - 1] + (1,))) for a in carried], *result)
+    return (*[a.at(a.ids.reshape((*a.ids.shape[: out_rank - 1], 1))) for a in carried], *result)
 
 
 def _weight_axis(w: Walker, weight: Any, dim: int) -> Tensor:
@@ -95,7 +95,7 @@ def _meet(w: Walker, x: Any, dim: int, columns: Tensor) -> None:
 
 def matmul(w: Walker, node: fx.Node) -> Label:
     """``matmul``, ``mm``, ``bmm``, ``mv``: a weight on either side, or two computed values."""
-    a, b = node.args[0], node.args[1]
+    a, b = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     if _is_weight(w, b) and len(w.shape(b)) == 2:
         return _product(w, node, a, b, 0, 1)
     if _is_weight(w, a) and len(w.shape(a)) == 2 and len(w.shape(b)) <= 2:

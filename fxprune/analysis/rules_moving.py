@@ -93,7 +93,8 @@ def constant_value(w: Walker, node: Any) -> Tensor | None:
     arguments, options = fx.map_arg(
         (node.args, dict(node.kwargs)), lambda n: values[n] if n in values else w.size(n)
     )
-    result = node.target(*arguments, **options)  # type: ignore[operator]
+    target: Any = node.target
+    result = target(*arguments, **options)
     return result if isinstance(result, Tensor) else None
 
 

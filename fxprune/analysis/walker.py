@@ -117,7 +117,7 @@ class Walker:
         return [self.static(s) for s in node.meta["val"].shape]
 
     def find_sizes(self) -> None:
-        """Notes sizes that only running tells: the longest sequence is taken to fill the time given."""
+        """Notes sizes that only running tells: the longest sequence is taken to fill the time."""
         self._unbacked: set[Any] = set()
         for node in self.program.graph.nodes:
             if node.op == "call_function" and node.target is packing.pad_packed:

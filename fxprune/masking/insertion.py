@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.analysis.boundary import outward_users
 from fxprune.analysis.walker import operation_name
 from fxprune.errors import DependencyError
 from fxprune.masking.masks import Masks
@@ -101,24 +102,13 @@ class _Insertion:
         if reader.kind == "normalization":
             self._normalize(node, reader)
         elif reader.kind in ("reduction", "state"):
-            users = [node] if reader.kind == "reduction" else self._outward(operand)
+            users = [node] if reader.kind == "reduction" else outward_users(operand)
             for user in users:
                 user.replace_input_with(operand, self._multiply(user, operand, reader.neurons))
         else:
             raise DependencyError(
                 f"{reader.node.target} needs neurons that were cut", nodes=(reader.node.name,)
             )
-
-    def _outward(self, operand: fx.Node) -> list[fx.Node]:
-        """The users of a final state that lead to the output and nowhere else."""
-
-        def leads_out(node: fx.Node) -> bool:
-            if node.op == "output":
-                return True
-            arranged = operation_name(node) in ("stack", "unsqueeze", "squeeze", "transpose", "contiguous", "clone", "mul")
-            return arranged and bool(node.users) and all(leads_out(u) for u in node.users)
-
-        return [u for u in list(operand.users) if leads_out(u)]
 
     def _normalize(self, node: fx.Node, reader: Reader) -> None:
         keep = (~self._is_cut(reader.neurons)).reshape(-1)
@@ -130,7 +120,14 @@ class _Insertion:
             x, *rest = node.args
             if name == "group_norm":
                 weight, bias, eps = (*rest[1:4], None, None, None)[:3]
-                args: tuple[Any, ...] = (x, rest[0], gate, weight, bias, 1e-5 if eps is None else eps)
+                args: tuple[Any, ...] = (
+                    x,
+                    rest[0],
+                    gate,
+                    weight,
+                    bias,
+                    1e-5 if eps is None else eps,
+                )
                 function: Any = masked_group_norm
             elif name == "rms_norm":
                 function, args = masked_rms_norm, (x, gate, *rest[1:3])
@@ -156,9 +153,11 @@ class _Insertion:
 
     def _constant(self, value: Tensor, stem: str, meta: Any) -> fx.Node:
         """A node for a constant; equal gates are one tensor."""
-        key = (stem, tuple(value.shape), value.dtype, value.numpy(force=True).tobytes()) if (
-            value.numel() < 4096 and value.dtype not in (torch.bfloat16,)
-        ) else None
+        key = (
+            (stem, tuple(value.shape), value.dtype, value.numpy(force=True).tobytes())
+            if (value.numel() < 4096 and value.dtype not in (torch.bfloat16,))
+            else None
+        )
         name = self.gates.get(key) if key else None
         if name is None:
             name = f"_{stem}_{len(self.tensors)}"

@@ -51,7 +51,7 @@ def _sizes_at(position: int) -> Callable[[fx.Node, Kept], Arguments]:
                 sizes[i] = len(positions)
             elif -1 in [s for s in sizes if isinstance(s, int)]:
                 raise DependencyError(
-                    f"{node.target} cannot be rewritten: two of its sizes would have to be inferred",
+                    f"{node.target} cannot be rewritten: two of its sizes would be inferred",
                     nodes=(node.name,),
                     dims=(i,),
                 )
@@ -78,11 +78,12 @@ def _unflatten(node: fx.Node, kept: Kept) -> Arguments:
 
 
 def _slice(node: fx.Node, kept: Kept) -> Arguments:
-    x, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    positions = kept.positions(x, int(dim) % node.meta["val"].dim())  # type: ignore[arg-type]
+    given: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
+    x, dim, start, end, step = given
+    positions = kept.positions(x, int(dim) % node.meta["val"].dim())
     if positions is None:
         return node.args
-    size = _full_size(x, int(dim), kept)  # type: ignore[arg-type]
+    size = _full_size(x, int(dim), kept)
     low, high, _ = slice(_bound(start, kept), _bound(end, kept)).indices(size)
     new_low = int((positions < low).sum())
     return (x, dim, new_low, new_low + int(((positions >= low) & (positions < high)).sum()), step)
@@ -139,7 +140,7 @@ def _depthwise(node: fx.Node, kept: Kept) -> Arguments:
     weight: Any = node.args[1]
     transposed = "transpose" in name or (name == "convolution" and args[6])
     shape = weight.meta["val"].shape
-    per_group = shape[0] // args[place] if transposed else shape[1]  # type: ignore[operator]
+    per_group = shape[0] // args[place] if transposed else shape[1]
     channel = node.meta["val"].dim() - (len(shape) - 2) - 1
     positions = kept.positions(args[0], channel)  # type: ignore[arg-type]
     if per_group == 1 and positions is not None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxprune.analysis.boundary import outward_users
 from fxprune.analysis.neurons import Entry, Neurons, Reader
 from fxprune.analysis.walker import Walker, operation_name
 from fxprune.masking.masks import Masks
 from fxprune.program import InputSpec, Kind, Program
 from fxprune.shrinking.rewriting import RULES
-from fxprune.shrinking.states import enter_state, leave_state
+from fxprune.tracing.states import enter_state, leave_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,7 +103,7 @@ class _Shrinking:
     def positions(self, value: Any, dim: int, part: int | None = None) -> Tensor | None:
         if not isinstance(value, fx.Node):
             return None
-        label = self.neurons.labels.get(value, ())
+        label: Any = self.neurons.labels.get(value, ())
         if part is not None:
             label = label[part]
         return self._positions(label, dim)
@@ -224,7 +225,7 @@ class _Shrinking:
             # A unit that was cut, but had to stay physically, leaves as the zero it is.
             shown = stays & ~torch.isin(reader.neurons.reshape(-1), self.program.masks.neurons)
             places = torch.where(shown, stays.cumsum(0) - 1, int(stays.sum()))
-            for user in _outward(part):
+            for user in outward_users(part):
                 with self.graph.inserting_before(user):
                     node = self._constant("_places", places)
                     left = self.graph.call_function(leave_state, (part, node))
@@ -326,18 +327,6 @@ def _replace_state(
     for position in (1, 2) if operation_name(entry.consumer) == "lstm" else (1,):
         if consumer.args[position] is state:
             consumer.update_arg(position, entered)
-
-
-def _outward(part: fx.Node) -> list[fx.Node]:
-    arranging = ("stack", "unsqueeze", "squeeze", "transpose", "contiguous", "clone")
-
-    def leads_out(node: fx.Node) -> bool:
-        if node.op == "output":
-            return True
-        inner = node.op == "call_function" and operation_name(node) in arranging
-        return inner and bool(node.users) and all(leads_out(u) for u in node.users)
-
-    return [u for u in list(part.users) if leads_out(u)]
 
 
 def _own(tensor: Tensor, slices: Slices) -> Tensor:

@@ -50,7 +50,9 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
     try:
         with (
             # Size 1 in the example must not bake itself in: batch 1 is what most people pass.
-            fx_config.patch(backed_size_oblivious=True),
+            fx_config.patch(  # type: ignore[attr-defined]  # installed by torch at import
+                backed_size_oblivious=True
+            ),
             traced_layers(),
             torch.inference_mode(False),
             torch.enable_grad(),

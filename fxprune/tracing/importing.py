@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fxprune.errors import TraceError, UnsupportedOpError
 from fxprune.program import InputSpec, Kind, Program
-from fxprune.tracing import packing, recurrent
+from fxprune.tracing import packing, recurrent, states
 from fxprune.tracing.functional import functionalize
 from fxprune.tracing.simplify import simplify
 
@@ -34,6 +34,8 @@ _FUNCTIONS: dict[Any, Any] = {
     torch.ops.fxprune.gru.default: recurrent.gru,
     torch.ops.fxprune.rnn.default: recurrent.rnn,
     torch.ops.fxprune.pad_packed.default: packing.pad_packed,
+    torch.ops.fxprune.enter_state.default: states.enter_state,
+    torch.ops.fxprune.leave_state.default: states.leave_state,
 }
 
 _CHECKS = {
@@ -185,7 +187,7 @@ def _refuse_mutation(exported: ExportedProgram) -> None:
             )
         if spec.kind is OutputKind.USER_INPUT_MUTATION:
             raise TraceError(
-                f"forward changes its input {spec.target!r} in place; work on a copy (x = x.clone())."
+                f"forward changes its input {spec.target!r} in place; work on a copy: x.clone()."
             )
 
 

@@ -58,7 +58,7 @@ def guarded_layers() -> Iterator[None]:
     with ExitStack() as stack:
         for layer in (nn.LSTM, nn.GRU, nn.RNN):
             stack.callback(setattr, layer, "forward", layer.forward)
-            layer.forward = _guarded(layer.forward)  # type: ignore[method-assign,assignment]
+            layer.forward = _guarded(layer.forward)  # type: ignore[method-assign]
         yield
 
 
@@ -198,13 +198,13 @@ def _is_lstm(module: nn.RNNBase) -> bool:
 
 def _weights(module: nn.RNNBase) -> list[LayerWeights]:
     suffixes = ("", "_reverse") if module.bidirectional else ("",)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+    def tensors(layer: int, suffix: str) -> tuple[Any, ...]:
+        return tuple(getattr(module, f"{name}_l{layer}{suffix}", None) for name in names)
+
     return [
-        LayerWeights(
-            *(
-                getattr(module, f"{name}_l{layer}{suffix}", None)
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-            )
-        )
+        LayerWeights(*tensors(layer, suffix))
         for layer in range(module.num_layers)
         for suffix in suffixes
     ]

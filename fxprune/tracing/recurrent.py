@@ -30,7 +30,7 @@ from fxprune.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["GATES", "gru", "lstm", "rnn", "stock_operations"]
+__all__ = ["GATES", "gru", "lstm", "rnn", "stock_operations", "traces_markers"]
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 """Number of gate blocks stacked in the weights of each recurrent operation."""
@@ -85,7 +85,7 @@ def lstm(
         >>> y.shape, c.shape
         (torch.Size([5, 2, 2]), torch.Size([2, 2]))
     """
-    if _marks():
+    if traces_markers():
         return cast(
             "tuple[Tensor, Tensor, Tensor]",
             torch.ops.fxprune.lstm(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse),
@@ -137,7 +137,7 @@ def gru(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Runs one GRU layer in one direction: outputs and final state; arguments as :func:`lstm`."""
-    if _marks():
+    if traces_markers():
         return cast(
             "tuple[Tensor, Tensor]",
             torch.ops.fxprune.gru(x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse),
@@ -157,7 +157,7 @@ def rnn(
     nonlinearity: str = "tanh",
 ) -> tuple[Tensor, Tensor]:
     """Runs one Elman layer (tanh or relu) in one direction; arguments as :func:`lstm`."""
-    if _marks():
+    if traces_markers():
         return cast(
             "tuple[Tensor, Tensor]",
             torch.ops.fxprune.rnn(x, h_0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, nonlinearity),
@@ -184,7 +184,8 @@ def _single_state(
     return y, h_n
 
 
-def _marks() -> bool:
+def traces_markers() -> bool:
+    """Whether ``torch.export`` is tracing, and wants fxprune's operations kept whole."""
     return torch.compiler.is_exporting() and not _STOCK.get()
 
 
@@ -391,7 +392,7 @@ def _fake_sizes(
     for state, size in states.values():
         if state is not None:
             torch._check(state.shape[0] == batch, lambda: "a state needs the batch of the input")
-            torch._check(state.shape[1] == size, lambda: f"a state needs {size} entries")
+            torch._check(state.shape[1] == size, lambda size=size: f"a state needs {size} entries")
     if lengths is not None:
         torch._check(lengths.shape[0] == batch, lambda: "lengths need the batch of the input")
     return time, batch

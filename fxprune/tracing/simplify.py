@@ -140,7 +140,7 @@ def _grid(node: fx.Node) -> tuple[list[fx.Node], list[int], int] | None:
 
 
 def _view_grid(node: fx.Node, parts: list[fx.Node]) -> tuple[list[fx.Node], list[int], int] | None:
-    """A view that only splits the stacked dimension, such as [layers, directions, batch, hidden]."""
+    """A view that only splits the stacked dimension: [layers, directions, batch, hidden]."""
     shape, part = list(node.meta["val"].shape), list(parts[0].meta["val"].shape)
     count = len(shape) - len(part)
     lead = shape[:count]

@@ -147,7 +147,7 @@ def _cloned(call: Call) -> Call:
 def _trace_where_it_agrees(
     model: nn.Module, call: Call, fixed: dict[Place, str]
 ) -> tuple[Program, list[Step]]:
-    """Traces with all dimensions free but those the model does not follow; adds them to ``fixed``."""
+    """Traces with all dimensions free that the model follows; adds the others to ``fixed``."""
     exported = _export_freely(model, call, fixed)
     while True:
         steps = steps_of(exported)
