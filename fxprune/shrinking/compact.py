@@ -9,6 +9,7 @@ import torch
 
 from fxprune.masking.insertion import insert_masks
 from fxprune.masking.masks import Masks
+from fxprune.shrinking.fold import fold_constants
 from fxprune.shrinking.liveness import alive_neurons, kept_neurons
 from fxprune.shrinking.shrink import Shrunk, shrink
 
@@ -20,7 +21,7 @@ __all__ = ["compact_program"]
 
 
 def compact_program(program: Program, neurons: Neurons) -> Shrunk:
-    """Removes every neuron that nothing reads and bakes the masks of the rest into the weights.
+    """Folds constants, removes what nothing reads, bakes the other masks into the weights.
 
     Args:
         program: the program with its masks.
@@ -29,6 +30,7 @@ def compact_program(program: Program, neurons: Neurons) -> Shrunk:
     Returns:
         The smaller program, without masks; equal to the masked one up to rounding.
     """
+    program = fold_constants(program, neurons)
     alive = alive_neurons(neurons, program.masks)
     small = shrink(program, neurons, kept_neurons(neurons, alive))
     masks = small.program.masks

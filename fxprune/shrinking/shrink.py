@@ -251,9 +251,11 @@ class _Shrinking:
 
     def _output_slices(self) -> tuple[Slices, ...]:
         results: Any = self.program.graph.output_node().args[0]
+        # A final state that leaves the model as it is got its external size back.
+        kept = {r.operand for r in self.neurons.readers if r.kind == "state"}
         return tuple(
             tuple(self.positions(r, d) for d in range(r.meta["val"].dim()))
-            if isinstance(r, fx.Node)
+            if isinstance(r, fx.Node) and r not in kept
             else ()
             for r in results
         )

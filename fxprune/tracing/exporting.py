@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import _trace as exporter
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, TraceError
@@ -17,7 +20,7 @@ from fxprune.tracing.layers import traced_layers
 from fxprune.tracing.sizes import at_sizes, example_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from fxprune.program import Call, Program
 
@@ -57,6 +60,7 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
             torch.inference_mode(False),
             torch.enable_grad(),
             warnings.catch_warnings(),
+            _quiet(),
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(
@@ -93,6 +97,28 @@ def export_program(program: Program) -> ExportedProgram:
     return export(module, call, automatic_shapes(module, call, fixed))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While active, torch.export raises its complaints, and does not print them as well."""
+
+    def nothing(*_: object, **__: object) -> bool:
+        return False
+
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(nothing)
+    # Found before the builtin, with which the exporter prints the graphs of failed exports.
+    vars(exporter)["print"] = nothing
+    try:
+        yield
+    finally:
+        vars(exporter).pop("print", None)
+        for logger in loggers:
+            logger.removeFilter(nothing)
+
+
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", exporter.__name__)
+
 _REMEDIES = (
     (
         ("data-dependent", "GuardOnDataDependent", "Could not extract specialized integer"),
@@ -109,16 +135,21 @@ _REMEDIES = (
 
 def _explain(model: nn.Module, error: Exception) -> str:
     text = str(error).strip()
+    place = _place(error)
+    if place:
+        otherwise = "rewrite that line with operations torch.export can follow"
+    else:
+        otherwise = "check example_inputs and dynamic_shapes against the arguments of forward"
     remedy = next(
         (
             advice
             for keys, advice in _REMEDIES
             if any(k in text or k in type(error).__name__ for k in keys)
         ),
-        "rewrite that line with operations torch.export can follow",
+        otherwise,
     )
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"{type(model).__name__} cannot be traced{_place(error)}: {first}. Remedy: {remedy}."
+    return f"{type(model).__name__} cannot be traced{place}: {first}. Remedy: {remedy}."
 
 
 def _place(error: Exception) -> str:

@@ -2,83 +2,124 @@
 
 from __future__ import annotations
 
-import random
+import warnings
+from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import TraceError
+from fxprune.randomness import preserved_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["isolated", "preserved_random_state"]
+__all__ = ["Isolation", "constant_parameters", "isolated"]
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 # torch.export swaps parameters, and recurrent modules list theirs again when it does.
 _IGNORED = (*_CONTAINERS, "_flat_weights")
 
 
-@contextmanager
-def preserved_random_state(seed: int | None = None) -> Iterator[None]:
-    """Restores the random states of Python, numpy and torch when the block ends.
+class _Contents:
+    """What the lists, dicts and tensors that hang on an attribute hold, however deeply nested."""
 
-    Args:
-        seed: if given, all of them are seeded with it first.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    def __init__(self) -> None:
+        self.collections: dict[int, tuple[Any, Any]] = {}
+        self.tensors: dict[int, tuple[Tensor, int | None, Tensor]] = {}
+
+    def add(self, value: Any) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            if id(value) not in self.tensors and not value.is_meta:
+                version = None if value.is_inference() else value._version
+                self.tensors[id(value)] = (value, version, value.detach().clone())
+        elif isinstance(value, (list, dict, set, deque)) and id(value) not in self.collections:
+            self.collections[id(value)] = (value, value.copy())
+            for part in value.values() if isinstance(value, dict) else value:
+                self.add(part)
+        elif isinstance(value, tuple):
+            for part in value:
+                self.add(part)
+
+    def changed(self, value: Any) -> bool:
+        """Whether a tensor has come into a collection, or a tensor's values are others."""
+        if isinstance(value, Tensor) and id(value) in self.tensors:
+            _, version, old = self.tensors[id(value)]
+            return version != _version(value) and not _equal(value, old)
+        if isinstance(value, (list, dict, set, deque)) and id(value) in self.collections:
+            old = self.collections[id(value)][1]
+            known = {id(v) for v in _parts(old)}
+            return any(
+                (id(v) not in known and _holds_tensor(v)) or self.changed(v) for v in _parts(value)
+            )
+        return isinstance(value, tuple) and any(self.changed(v) for v in value)
+
+    def restore(self) -> None:
+        for value, old in self.collections.values():
+            if isinstance(value, list):
+                value[:] = old
+            else:
+                value.clear()
+                (value.extend if isinstance(value, deque) else value.update)(old)
+        for tensor, version, old in self.tensors.values():
+            if version is None or _version(tensor) != version:
+                with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(old)
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value.values() if isinstance(value, dict) else value)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach(), b)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, deque)):
+        return any(_holds_tensor(v) for v in value)
+    if isinstance(value, dict):
+        return any(_holds_tensor(v) for v in value.values())
+    return isinstance(value, Tensor)
 
 
 @dataclass(frozen=True)
 class _Snapshot:
     """One module's attributes, shallow copies of its containers, and its buffers' values."""
 
+    name: str
     module: nn.Module
     attributes: dict[str, Any]
     containers: dict[str, dict[str, Any]]
-    versions: dict[str, int]
-    values: dict[str, Tensor]
+    contents: _Contents = field(default_factory=_Contents)
 
     @classmethod
-    def of(cls, module: nn.Module) -> _Snapshot:
-        buffers = {n: b for n, b in module._buffers.items() if b is not None}
-        return cls(
-            module,
-            dict(module.__dict__),
-            {name: dict(module.__dict__[name]) for name in _CONTAINERS},
-            {n: b._version for n, b in buffers.items() if not b.is_inference()},
-            {n: b.detach().clone() for n, b in buffers.items()},
-        )
+    def of(cls, name: str, module: nn.Module) -> _Snapshot:
+        attributes = dict(module.__dict__)
+        containers = {c: dict(attributes[c]) for c in _CONTAINERS}
+        snapshot = cls(name, module, attributes, containers)
+        for key, value in (*attributes.items(), *containers["_buffers"].items()):
+            if key not in _IGNORED:
+                snapshot.contents.add(value)
+        return snapshot
 
     def changed(self) -> list[str]:
         """Names of tensors that forward left on the module: state that a trace would lose."""
-        now = self.module.__dict__
-        names = [
-            name
-            for name, value in now.items()
-            if name not in _IGNORED
-            and value is not self.attributes.get(name)
-            and _holds_tensor(value)
+        now = {k: v for k, v in self.module.__dict__.items() if k not in _IGNORED}
+        before = {**self.attributes, **self.containers["_buffers"]}
+        return [
+            f"{self.name}.{key}" if self.name else key
+            for key, value in {**now, **self.module._buffers}.items()
+            if (value is not before.get(key) and _holds_tensor(value))
+            or self.contents.changed(value)
         ]
-        for name, buffer in self.module._buffers.items():
-            if buffer is not None and buffer is not self.containers["_buffers"].get(name):
-                names.append(name)
-        return names
 
     def restore(self) -> None:
         attributes = self.module.__dict__
@@ -88,46 +129,71 @@ class _Snapshot:
         for name in _CONTAINERS:
             attributes[name].clear()
             attributes[name].update(self.containers[name])
-        for name, value in self.values.items():
-            buffer = self.module._buffers[name]
-            if buffer is not None and buffer._version != self.versions.get(name):
-                with torch.no_grad():
-                    buffer.copy_(value)
+        self.contents.restore()
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_holds_tensor(v) for v in value)
-    if isinstance(value, dict):
-        return any(_holds_tensor(v) for v in value.values())
-    return isinstance(value, Tensor)
+@dataclass(frozen=True)
+class Isolation:
+    """A model as it was when its isolation began."""
+
+    snapshots: tuple[_Snapshot, ...]
+
+    def check(self) -> None:
+        """Refuses a model whose forward has left something behind.
+
+        Raises:
+            TraceError: forward kept tensors on the module. What a later call reads from there
+                would be missing in the traced program.
+        """
+        kept = sorted({name for s in self.snapshots for name in s.changed()})
+        if kept:
+            raise TraceError(
+                f"forward keeps tensors on the module: {', '.join(kept)}. A traced program has no "
+                "memory of earlier calls: pass the state in as an input and return the new one."
+            )
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
+def isolated(model: nn.Module) -> Iterator[Isolation]:
     """Runs a block that may call or trace ``model`` and leaves no trace of it.
 
     Attributes, buffers, modes, hooks and the global random state are restored on any exit.
 
     Raises:
-        TraceError: the block succeeded, but forward kept tensors on the module. What a later
-            call reads from there would be missing in the traced program.
+        TraceError: the block succeeded, but forward kept tensors on the module.
     """
-    snapshots = [_Snapshot.of(m) for m in model.modules()]
-    names = {id(m): n for n, m in model.named_modules()}
+    isolation = Isolation(tuple(_Snapshot.of(n, m) for n, m in model.named_modules()))
     with preserved_random_state():
         try:
-            yield
-            kept = [
-                ".".join(filter(None, (names[id(s.module)], name)))
-                for s in snapshots
-                for name in s.changed()
-            ]
+            yield isolation
+            isolation.check()
         finally:
-            for snapshot in snapshots:
+            for snapshot in isolation.snapshots:
                 snapshot.restore()
-    if kept:
+
+
+@contextmanager
+def constant_parameters(model: nn.Module) -> Iterator[None]:
+    """Runs a block on copies of the parameters' values; memory: the parameters once more.
+
+    Raises:
+        TraceError: the block succeeded, but forward changed a parameter.
+    """
+    names = {p: n for n, p in model.named_parameters()}
+    values = {p: p.data for p in names}
+    try:
+        with warnings.catch_warnings():
+            # cuDNN's: the copies of a recurrent layer's weights lie apart.
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single")
+            for parameter, value in values.items():
+                parameter.data = value.clone()
+            yield
+        changed = [names[p] for p, value in values.items() if not _equal(p.data, value)]
+    finally:
+        for parameter, value in values.items():
+            parameter.data = value
+    if changed:
         raise TraceError(
-            f"forward keeps tensors on the module: {', '.join(sorted(kept))}. A traced program "
-            "has no memory of earlier calls: pass the state in as an input and return the new one."
+            f"forward changes its parameters: {', '.join(changed)}. A traced program computes from "
+            "them only: do it once before compiling, or on a copy inside forward."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -63,6 +64,7 @@ def guarded_layers() -> Iterator[None]:
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
     def checked(module: nn.RNNBase, input: Any, hx: Any = None) -> Any:
         if isinstance(input, PackedSequence) and hx is not None:
             _check_states(module, int(input.batch_sizes[0]), hx if _is_lstm(module) else (hx,))

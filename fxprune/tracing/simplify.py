@@ -7,6 +7,8 @@ selected is connected directly:
 * ``stack([a, b])[i]`` along the stacked dimension is ``a`` or ``b``;
 * ``stack([a, b]).view(layers, directions, ...)[i][j]`` likewise;
 * ``stack([a, b])[i:j]`` is ``stack`` of the part; ``stack([a]).squeeze(0)`` is ``a``;
+* ``stack([a, b]).transpose(0, 1).reshape(batch, -1)`` is ``cat([a, b], 1)``, whose parts may differ
+  in size;
 * ``zeros(n, ...)[i]`` used as an initial state is no initial state.
 """
 
@@ -58,6 +60,8 @@ def simplify(graph: fx.Graph) -> None:
             _unbind_to_selects(graph, node)
         elif node.target in (aten.select.int, aten.slice.Tensor, aten.squeeze.dim):
             _take_from_stack(graph, node)
+        elif node.target in _RESHAPES:
+            _flatten_stack(graph, node)
     for node in list(graph.nodes):
         if node.target in (recurrent.lstm, recurrent.gru, recurrent.rnn):
             _drop_zero_states(node)
@@ -75,6 +79,41 @@ def _unbind_to_selects(graph: fx.Graph, node: fx.Node) -> None:
         item.replace_all_uses_with(select)
         graph.erase_node(item)
         _take_from_stack(graph, select)
+    graph.erase_node(node)
+
+
+_RESHAPES = (
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+)
+
+
+def _flatten_stack(graph: fx.Graph, node: fx.Node) -> None:
+    """Replaces a stack of [batch, size] parts laid side by side, [batch, parts * size]."""
+    source, swapped = node.args[0], False
+    while isinstance(source, fx.Node) and source.target is not aten.stack.default:
+        if source.target is aten.transpose.int and {0, 1} == {int(d) % 3 for d in source.args[1:]}:  # type: ignore[arg-type]
+            swapped = not swapped
+        elif source.target is aten.permute.default and source.args[1] == [1, 0, 2]:
+            swapped = not swapped
+        elif source.target not in (aten.contiguous.default, aten.clone.default):
+            return
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or int(_argument(source, 1, "dim", 0)) not in (0, 1):
+        return
+    parts: list[fx.Node] = list(source.args[0])  # type: ignore[arg-type]
+    side_by_side = swapped == (int(_argument(source, 1, "dim", 0)) == 0)
+    part, shape = parts[0].meta["val"].shape, node.meta["val"].shape
+    if len(part) != 2 or len(shape) != 2 or not side_by_side:
+        return
+    if str(shape[0]) != str(part[0]) or str(shape[1]) != str(part[1] * len(parts)):
+        return
+    with graph.inserting_before(node):
+        joined = graph.call_function(aten.cat.default, (parts, 1))
+    joined.meta = dict(node.meta)
+    node.replace_all_uses_with(joined)
     graph.erase_node(node)
 
 

@@ -13,7 +13,7 @@ from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationEr
 from fxprune.program import Call, InputSpec, Program, Refusal
 from fxprune.tracing.exporting import automatic_shapes, export
 from fxprune.tracing.importing import import_program
-from fxprune.tracing.isolation import isolated
+from fxprune.tracing.isolation import constant_parameters, isolated
 from fxprune.tracing.layers import guarded_layers
 from fxprune.tracing.modes import Step, compare_modes, steps_of, switchable
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes
@@ -59,9 +59,11 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
     """
     _refuse_unfit(model)
     call = own_call(example_inputs)
-    with isolated(model):
+    with isolated(model) as isolation:
         model.eval()
-        _run(model, call)
+        with constant_parameters(model):
+            _run(model, call)
+        isolation.check()
         if dynamic_shapes is None:
             fixed: dict[Place, str] = {}
             program, steps = _trace_where_it_agrees(model, call, fixed)
@@ -87,7 +89,9 @@ def _refuse_unfit(model: nn.Module) -> None:
             raise TraceError(f"{name} is not initialised yet; run the model once first.")
         if tensor.is_meta:
             raise TraceError(f"{name} is on the meta device and has no values; load weights first.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # A buffer may hold infinities on purpose: the mask of an attention.
+        unfit = tensor.isnan() if not isinstance(tensor, nn.Parameter) else ~tensor.isfinite()
+        if tensor.is_floating_point() and bool(unfit.any()):
             raise ConfigError(
                 f"{name} holds NaN or infinity; pruning decisions would mean nothing. Repair or "
                 "reload the weights."
