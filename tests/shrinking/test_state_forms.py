@@ -1,0 +1,40 @@
+"""States without the layer's leading dimension, whose batch size the model also reads."""
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.passes import Magnitude
+
+
+class FlatStates(nn.Module):
+    """States are [batch, units]; the batch size comes from whatever input shares it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(3, 6)
+        self.lstm = nn.LSTM(6, 8, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, time, features = x.shape
+        y = self.encode(x.reshape(batch * time, features)).reshape(batch, time, 6)
+        y, (h, c) = self.lstm(y, (h.unsqueeze(0), c.unsqueeze(0)))
+        return self.head(y), h.squeeze(0), c.squeeze(0)
+
+
+@pytest.mark.parametrize(("states", "outside"), [("keep", 8), ("shrink", 4)])
+def test_states_of_two_dimensions(states: Literal["keep", "shrink"], outside: int) -> None:
+    policy = fxprune.Policy([Magnitude(0.5)], states=states)
+    example = (torch.randn(2, 5, 3), torch.randn(2, 8), torch.randn(2, 8))
+    compact = fxprune.compile(FlatStates(), policy, example_inputs=example, progress=False)
+    assert compact.module.get_parameter("lstm.weight_hh_l0").shape == (16, 4)
+    x, (h, c) = torch.randn(3, 7, 3), torch.randn(2, 3, outside).unbind(0)
+    result = compact.module(x, h, c)
+    assert [tuple(r.shape) for r in result] == [(3, 7, 2), (3, outside), (3, outside)]
+    if states == "keep":
+        for actual, expected in zip(result, compact.masked(x, h, c), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
