@@ -12,7 +12,13 @@ torch.Size([3, 7, 16])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fxprune.tracing import packing, recurrent, states
+import torch
+
+from fxprune.compat import check_torch
+
+check_torch(torch.__version__)
+
+from fxprune.tracing import packing, recurrent, states  # noqa: E402 - only on a torch that fits
 
 if TYPE_CHECKING:
     from fxprune.archives import load

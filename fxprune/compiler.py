@@ -19,7 +19,7 @@ from fxprune.masking.insertion import insert_masks
 from fxprune.naming import dimension_names, symbol_names
 from fxprune.pipeline import Outcome, run_passes
 from fxprune.policy import Policy, as_policy
-from fxprune.program import Kind, Program, Refusal
+from fxprune.program import InputSpec, Kind, Program, Refusal
 from fxprune.progress import track
 from fxprune.report import Report
 from fxprune.shrinking.compact import compact_program
@@ -152,6 +152,8 @@ def compile(
         (50, 26)
     """
     chosen = _policy(policy)
+    if verify_inputs is not None and not len(verify_inputs):
+        raise ConfigError("verify_inputs is empty; give at least one call, or leave it out.")
     with track("compile", 4, enabled=progress) as steps:
         program = as_program(model_or_program, example_inputs, dynamic_shapes)
         program = replace(program, states=chosen.states)
@@ -184,7 +186,8 @@ class Prepared:
 
     def penalty(self) -> Tensor:
         """What to add to the loss; zero unless a pass learns its masks."""
-        return torch.zeros((), device=next(self.module.parameters()).device)
+        first = next(self.module.parameters(), None)
+        return torch.zeros((), device=None if first is None else first.device)
 
     def step(self) -> None:
         """To be called after ``optimizer.step()``; fixed masks need nothing."""
@@ -320,7 +323,7 @@ def _report(
         kept=_kept(program, small),
         verification=verification,
         refusals=(*outcome.refusals, *neurons.refusals),
-        notes=_notes(program),
+        notes=_notes(program, small.program),
         policy=str(policy),
     )
 
@@ -343,13 +346,21 @@ def _kept(program: Program, small: Shrunk) -> dict[str, tuple[tuple[int, ...], .
     return kept
 
 
-def _notes(program: Program) -> tuple[str, ...]:
+def _notes(program: Program, small: Program) -> tuple[str, ...]:
     notes = [f"{r.node} is fixed: {r.reason}" for r in program.refusals if _worth_telling(r)]
     if program.mode_difference is not None:
         notes.append(f"eval mode only: {program.mode_difference}")
-    if program.states == "shrink":
-        notes.append("recurrent states at the boundary are as small as their layers")
+    for spec, smaller in zip(program.inputs, small.inputs, strict=True):
+        if spec.shape != smaller.shape:
+            notes.append(
+                f"state {spec.name} is [{_sizes(smaller)}] instead of [{_sizes(spec)}]; layers "
+                "that share a state lose the same units"
+            )
     return tuple(notes)
+
+
+def _sizes(spec: InputSpec) -> str:
+    return ", ".join("any" if isinstance(s, str) else str(s) for s in spec.shape or ())
 
 
 def _worth_telling(refusal: Refusal) -> bool:
