@@ -160,7 +160,7 @@ class _Comparison:
         """Compares one call; sizes that the masked program rejects are skipped."""
         try:
             expected = _run(self.masked, call)
-        except (FxpruneError, RuntimeError, ValueError, IndexError) as error:
+        except (FxpruneError, RuntimeError, ValueError, IndexError, TypeError) as error:
             if required:
                 raise ConfigError(f"the model does not run on {label}: {error}") from error
             return

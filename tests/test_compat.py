@@ -8,9 +8,17 @@ import torch
 from fxprune.compat import check_torch
 
 
+def _refused(version: str) -> bool:
+    try:
+        check_torch(version)
+    except ImportError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("version", ["2.13.0", "2.13.1+cu130", "2.13.0a0+git", torch.__version__])
 def test_supported_releases_pass(version: str) -> None:
-    assert check_torch(version) is None
+    assert not _refused(version)
 
 
 @pytest.mark.parametrize("version", ["2.2.0", "2.9.1", "2.14.0", "3.0.0", "unknown"])
