@@ -234,7 +234,7 @@ def prepare(
 def as_program(
     model_or_program: nn.Module | Program, example_inputs: Any = None, dynamic_shapes: Any = None
 ) -> Program:
-    """Traces a module; hands a program through.
+    """Traces a module; hands a program through, traced anew if it has been shrunk.
 
     Raises:
         ConfigError: neither of them, or a module without example inputs.
@@ -245,6 +245,8 @@ def as_program(
                 "a program has its example inputs and dynamic shapes already; give them to "
                 "fxprune.trace instead"
             )
+        if _shrunk(model_or_program):
+            return trace(model_or_program.module(), model_or_program.example)
         return model_or_program
     if example_inputs is None:
         raise ConfigError(
@@ -252,6 +254,15 @@ def as_program(
             "example_inputs=(torch.zeros(1, 10, 40),)"
         )
     return trace(model_or_program, example_inputs, dynamic_shapes=dynamic_shapes)
+
+
+def _shrunk(program: Program) -> bool:
+    """Whether tensors are no longer what the graph was traced with."""
+    return any(
+        "val" not in n.meta or n.meta["val"].shape != program.tensors[str(n.target)].shape
+        for n in program.graph.nodes
+        if n.op == "get_attr"
+    )
 
 
 def _policy(policy: Any) -> Policy:

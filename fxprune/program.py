@@ -135,7 +135,7 @@ class Program:
         for node in list(graph.nodes):
             if node.name in self.switches:
                 root.update(_make_switchable(graph, node, self))
-        _insert_input_checks(graph, self.inputs)
+        _insert_input_checks(graph, self)
         graph.set_codegen(_get_codegen(self.in_spec, self.out_spec, _argument_names(self)))
         module = fx.GraphModule(root, graph, class_name="Program")
         for alias, name in self.aliases.items():
@@ -237,6 +237,11 @@ def check_input(x: Tensor, name: str, shape: tuple[int | None, ...]) -> Tensor:
     Raises:
         InputError: a size differs; the message names the input and what it expects.
     """
+    if not isinstance(x, Tensor):
+        raise InputError(
+            f"input {name!r} is {type(x).__name__}, but the program was traced with a tensor. Give "
+            "it one, or trace again without."
+        )
     if x.dim() != len(shape) or any(
         s is not None and have != s for s, have in zip(shape, x.shape, strict=True)
     ):
@@ -248,10 +253,30 @@ def check_input(x: Tensor, name: str, shape: tuple[int | None, ...]) -> Tensor:
     return x
 
 
-def _insert_input_checks(graph: fx.Graph, inputs: tuple[InputSpec, ...]) -> None:
+def check_constant(value: Any, name: str, traced: Any) -> None:
+    """Refuses another value than the one that is part of the program.
+
+    Raises:
+        InputError: an input that is no tensor is not what it was when the program was traced.
+    """
+    if isinstance(value, Tensor) or (value is not traced and value != traced):
+        given = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise InputError(
+            f"input {name!r} is {given}, but the program was traced with {traced!r}, which is part "
+            "of it. Give it that value, or trace again with the other one."
+        )
+
+
+def _insert_input_checks(graph: fx.Graph, program: Program) -> None:
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for node, spec in zip(placeholders, inputs, strict=True):
-        if spec.shape is None or not node.users:
+    values = pytree.tree_leaves(program.example)
+    for node, spec, value in zip(placeholders, program.inputs, values, strict=True):
+        if spec.shape is None:
+            if value is None or isinstance(value, (bool, int, float, str)):
+                with graph.inserting_after(placeholders[-1]):
+                    graph.call_function(check_constant, (node, spec.name, value))
+            continue
+        if not node.users:
             continue
         fixed = tuple(s if isinstance(s, int) else None for s in spec.shape)
         with graph.inserting_after(placeholders[-1]):
