@@ -86,21 +86,26 @@ def _make_rectangular(walker: Walker) -> None:
     """Whatever is removed must leave every tensor a rectangle.
 
     An axis whose neurons change along several dimensions would become ragged, so one position
-    of all slices along the first of them is made one neuron.
+    of all slices along the first of them is made one neuron. Later axes over the same neurons
+    see that first: a split and its transpose must not couple both ways.
     """
-    axes = [(n, a) for n, a in _all_axes(walker) if len(a.dims) > 1]
-    while True:
+    axes = [a for _, a in _all_axes(walker) if len(a.dims) > 1]
+    while axes:
         root = walker.ledger.resolve()
-        coupled = False
-        for _, axis in axes:
-            known = axis.ids.clamp(min=0)
-            ids = collapse(torch.where(axis.ids < 0, axis.ids, root[known]))
+        touched = torch.zeros(walker.ledger.count, dtype=torch.bool)
+        ragged = []
+        for axis in axes:
+            ids = torch.where(axis.ids < 0, axis.ids, root[axis.ids.clamp(min=0)])
+            ids = collapse(ids)
             dims = varying(ids)
-            if len(dims) > 1:
+            if len(dims) < 2:
+                continue
+            ragged.append(axis)
+            known = ids[ids >= 0]
+            if not bool(touched[known].any()):
                 walker.ledger.unify(ids, ids.narrow(dims[0], 0, 1))
-                coupled = True
-        if not coupled:
-            return
+            touched[known] = True
+        axes = ragged
 
 
 def _result(walker: Walker) -> Neurons:

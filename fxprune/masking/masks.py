@@ -16,7 +16,7 @@ __all__ = ["Masks"]
 
 @dataclass(frozen=True)
 class Masks:
-    """What a program is pruned of; empty masks prune nothing.
+    """What a program is pruned of, on the CPU; empty masks prune nothing.
 
     Attributes:
         neurons: numbers of the neurons cut off, ascending, int64. Every connection that leaves
@@ -29,12 +29,13 @@ class Masks:
 
     def cut_neurons(self, neurons: Tensor) -> Masks:
         """These masks with further neurons cut off."""
-        return replace(self, neurons=torch.cat([self.neurons, neurons]).unique())
+        return replace(self, neurons=torch.cat([self.neurons, neurons.cpu()]).unique())
 
     def cut_connections(self, keep: Mapping[str, Tensor]) -> Masks:
         """These masks with further connections cut; a connection stays where both keep it."""
         merged = dict(self.connections)
-        for name, mask in keep.items():
+        for name, given in keep.items():
+            mask = given.cpu()
             merged[name] = merged[name] & mask if name in merged else mask
         return replace(self, connections=merged)
 

@@ -163,6 +163,8 @@ def _silent_units(
     if any(s is not None for s in states) or any(m is None for m in masks):
         return None
     gates, candidate = (4, 2) if name == "lstm" else (3, 2)
+    if blocks[0].shape[0] != gates * ids.numel():
+        return None
     first = 5 if name == "lstm" else 4
     silent = torch.ones(ids.numel(), dtype=torch.bool)
     for mask in masks:
