@@ -64,6 +64,8 @@ def fold_constants(program: Program, neurons: Neurons) -> Program:
         known = _along_sources(block, values)
         if known is None:
             continue
+        # What a cut neuron would add is gone already.
+        known = torch.where(torch.isin(block.sources, program.masks.neurons), _UNKNOWN, known)
         bias = _bias_of(block)
         keep = _fold_block(program, block, known, bias, tensors)
         if keep is not None:
