@@ -44,11 +44,21 @@ def load(path: str | os.PathLike[str]) -> Program:
             f"{path} holds no example inputs; export the model again, torch.export keeps them.",
             path=str(path),
         )
+    _tie(exported)
     args, kwargs = exported.example_inputs
     program = import_program(exported, (tuple(args), dict(kwargs or {})))
     switches = {n.name: 1.0 for n in switchable(program.graph) if _follows_mode(n)}
     program = replace(program, switches=switches)
     return _with_own_layers(program) if _stock_layers(program) else program
+
+
+def _tie(exported: Any) -> None:
+    """Makes tensors over the same values one tensor again, as tied parameters were."""
+    seen: dict[Any, Tensor] = {}
+    for name, tensor in exported.state_dict.items():
+        if tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            exported.state_dict[name] = seen.setdefault(place, tensor)
 
 
 def save_archive(

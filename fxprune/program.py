@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -136,6 +137,10 @@ class Program:
             if node.name in self.switches:
                 root.update(_make_switchable(graph, node, self))
         _insert_input_checks(graph, self)
+        for node in graph.nodes:
+            # Unpickling traces the generated code: functions of ours stay one node each there.
+            if node.op == "call_function" and isinstance(node.target, FunctionType):
+                node.meta["is_wrapped"] = True
         graph.set_codegen(_get_codegen(self.in_spec, self.out_spec, _argument_names(self)))
         module = fx.GraphModule(root, graph, class_name="Program")
         for alias, name in self.aliases.items():

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ConfigError, FxpruneError, VerificationError
 from fxprune.naming import symbol_names
 from fxprune.randomness import preserved_random_state
 from fxprune.report import Verification
+from fxprune.tracing.modes import without_dropout
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
 
 if TYPE_CHECKING:
@@ -111,9 +112,9 @@ def tolerance_of(expected: Any, kind: Literal["equal", "onnx"]) -> float:
 
 def verify_programs(
     program: Program,
-    masked: nn.Module,
+    masked: fx.GraphModule,
     small: Shrunk,
-    compact: nn.Module,
+    compact: fx.GraphModule,
     calls: Sequence[Call] | None = None,
 ) -> Verification:
     """Law 2: the compact program computes what the masked one does, at several sizes.
@@ -128,7 +129,7 @@ def verify_programs(
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    result = _Comparison(program, masked, small, compact)
+    result = _Comparison(program, without_dropout(masked), small, without_dropout(compact))
     if calls is not None:
         for index, call in enumerate(calls):
             result.add(f"verify_inputs[{index}]", call, required=True)

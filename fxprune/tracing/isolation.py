@@ -113,11 +113,14 @@ class _Snapshot:
     def changed(self) -> list[str]:
         """Names of tensors that forward left on the module: state that a trace would lose."""
         now = {k: v for k, v in self.module.__dict__.items() if k not in _IGNORED}
+        new = self.module._parameters.keys() - self.containers["_parameters"].keys()
         before = {**self.attributes, **self.containers["_buffers"]}
+        computed = _computed_weights(self.module)
         return [
             f"{self.name}.{key}" if self.name else key
-            for key, value in {**now, **self.module._buffers}.items()
-            if (value is not before.get(key) and _holds_tensor(value))
+            for key, value in {**now, **self.module._buffers, **dict.fromkeys(new)}.items()
+            if key in new
+            or (value is not before.get(key) and _holds_tensor(value) and key not in computed)
             or self.contents.changed(value)
         ]
 
@@ -130,6 +133,13 @@ class _Snapshot:
             attributes[name].clear()
             attributes[name].update(self.containers[name])
         self.contents.restore()
+
+
+def _computed_weights(module: nn.Module) -> set[str]:
+    """Weights that torch's hooks (weight norm, spectral norm, pruning) compute before forward."""
+    hooks = module._forward_pre_hooks.values()
+    ours = [h for h in hooks if type(h).__module__.startswith("torch.nn.utils.")]
+    return {str(getattr(h, "name", getattr(h, "_tensor_name", ""))) for h in ours}
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,8 @@ def constant_parameters(model: nn.Module) -> Iterator[None]:
     Raises:
         TraceError: the block succeeded, but forward changed a parameter.
     """
-    names = {p: n for n, p in model.named_parameters()}
+    # Inference tensors cannot be changed outside inference mode anyway.
+    names = {p: n for n, p in model.named_parameters() if not p.is_inference()}
     values = {p: p.data for p in names}
     try:
         with warnings.catch_warnings():

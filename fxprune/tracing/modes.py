@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from fxprune.tracing.importing import place_of
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-__all__ = ["Step", "compare_modes", "steps_of", "switchable"]
+__all__ = ["Step", "compare_modes", "steps_of", "switchable", "without_dropout"]
 
 aten = torch.ops.aten
 
@@ -83,6 +84,24 @@ def compare_modes(
 def switchable(graph: fx.Graph) -> list[fx.Node]:
     """The dropout, batch norm and attention calls of a graph, in order."""
     return [n for n in graph.nodes if n.op == "call_function" and _name(n) in _FLAG]
+
+
+def without_dropout(module: fx.GraphModule) -> fx.GraphModule:
+    """The module over the same tensors with dropout off that is on in every mode; or itself.
+
+    Two programs of unequal sizes draw unequal random numbers, so they are compared without.
+    """
+    if not any(_drops(n) for n in module.graph.nodes):
+        return module
+    graph = copy.deepcopy(module.graph)
+    for node in filter(_drops, graph.nodes):
+        node.update_arg(_FLAG[_name(node)], False)
+    return fx.GraphModule(module, graph).eval()
+
+
+def _drops(node: fx.Node) -> bool:
+    name = _name(node) if node.op == "call_function" else ""
+    return name in _FLAG and name != "batch_norm" and bool(_flag(node.args, _FLAG[name]))
 
 
 def _is_counter(node: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
 from fxprune.program import Call, InputSpec, Program, Refusal
+from fxprune.randomness import preserved_random_state
 from fxprune.tracing.exporting import automatic_shapes, export
 from fxprune.tracing.importing import import_program
 from fxprune.tracing.isolation import constant_parameters, isolated
@@ -85,12 +86,18 @@ def _refuse_unfit(model: nn.Module) -> None:
         if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise TraceError(f"{label} wraps the model for several devices; pass its .module.")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.Parameter) and tensor.is_inference():
+            raise TraceError(
+                f"{name} was made in inference mode and cannot be trained; build or load the model "
+                "outside torch.inference_mode()."
+            )
         if isinstance(tensor, nn.UninitializedParameter):
             raise TraceError(f"{name} is not initialised yet; run the model once first.")
         if tensor.is_meta:
             raise TraceError(f"{name} is on the meta device and has no values; load weights first.")
         # A buffer may hold infinities on purpose: the mask of an attention.
-        unfit = tensor.isnan() if not isinstance(tensor, nn.Parameter) else ~tensor.isfinite()
+        values = tensor.detach()
+        unfit = ~values.isfinite() if isinstance(tensor, nn.Parameter) else values.isnan()
         if tensor.is_floating_point() and bool(unfit.any()):
             raise ConfigError(
                 f"{name} holds NaN or infinity; pruning decisions would mean nothing. Repair or "
@@ -125,7 +132,12 @@ def own_call(example_inputs: Any) -> Call:
 def _run(model: nn.Module, call: Call) -> Any:
     """The model's outputs; its own errors say that the example inputs do not fit."""
     try:
-        with torch.inference_mode(False), torch.no_grad(), guarded_layers():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            guarded_layers(),
+            preserved_random_state(0),
+        ):
             outputs = model(*_cloned(call)[0], **_cloned(call)[1])
     except FxpruneError:
         raise
@@ -198,14 +210,14 @@ def _compare_calls(program: Program, model: nn.Module, call: Call) -> None:
     runnable = program.module()
     for index in range(2):
         expected = _run(model, call)
-        with torch.no_grad():
+        with torch.no_grad(), preserved_random_state(0):
             result = runnable(*_cloned(call)[0], **_cloned(call)[1])
         difference = compare_outputs(expected, result)
         if not difference.within(tolerance_of(expected, "equal")):
             raise VerificationError(
                 f"the traced program differs from the model by {difference.max_abs:.3g} at "
-                f"{difference.where} (call {index + 1}). If forward draws random numbers or keeps "
-                "state, pass them in as inputs; else please report the model.",
+                f"{difference.where} (call {index + 1}). If forward keeps state, "
+                "pass it in as an input; else please report the model.",
                 pass_name="trace",
                 where=difference.where,
                 max_abs=difference.max_abs,
@@ -260,7 +272,7 @@ def _agrees(
     except FxpruneError:
         return None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), preserved_random_state(0):
             result = runnable(*_cloned(call)[0], **_cloned(call)[1])
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
