@@ -89,12 +89,13 @@ class Compact:
             VerificationError: the file computes something else.
         """
         program = self._current()
+        reference = program.module()  # in eval mode, whatever mode the user's is in
         with plain_states():
             exported = export_program(program)
         return write_onnx(
             exported,
-            self.module,
-            list(_onnx_cases(program, self.module)),
+            reference,
+            _onnx_cases(program, reference),
             path,
             input_names=[spec.name for spec in program.inputs if spec.shape is not None],
             dimension_names=dimension_names(program),
@@ -103,9 +104,11 @@ class Compact:
 
     def _current(self) -> Program:
         """The program with the weights the module has now, trained further or not."""
-        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        tensors = {n: state.get(n, t) for n, t in self.program.tensors.items()}
-        return replace(self.program, tensors=tensors)
+        return _with_weights(self.program, self.module)
+
+    def __repr__(self) -> str:
+        before, after = self.report.parameters_before, self.report.parameters_after
+        return f"Compact({before:,} -> {after:,} parameters; print its report)"
 
 
 def compile(
@@ -194,10 +197,7 @@ class Prepared:
 
     def convert(self) -> Compact:
         """The compact program with the weights as they are now."""
-        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        program = self._outcome.program
-        tensors = {n: state.get(n, t) for n, t in program.tensors.items()}
-        outcome = self._outcome._replace(program=replace(program, tensors=tensors))
+        outcome = self._outcome._replace(program=_with_weights(self._outcome.program, self.module))
         return _finish(outcome, self._neurons, self._policy, None, lambda: None)
 
 
@@ -263,6 +263,30 @@ def _shrunk(program: Program) -> bool:
         for n in program.graph.nodes
         if n.op == "get_attr"
     )
+
+
+def _with_weights(program: Program, module: nn.Module) -> Program:
+    """A program with the weights of its module, brought back to where the program was traced.
+
+    Raises:
+        ConfigError: the module was converted to another precision.
+    """
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    traced = {n.target: n.meta.get("val") for n in program.graph.nodes if n.op == "get_attr"}
+    home = next((v.device for v in traced.values() if v is not None), None)
+    tensors = {}
+    for name, tensor in program.tensors.items():
+        was = traced.get(name)
+        tensors[name] = tensor = state.get(name, tensor)
+        if was is not None and tensor.dtype != was.dtype:
+            raise ConfigError(
+                f"{name} is {tensor.dtype} now, but the program was traced in {was.dtype}. "
+                f"Convert the module back with .to({was.dtype}), or compile the model anew."
+            )
+        if home is not None and tensor.device != home:
+            moved = tensor.detach().to(home)
+            tensors[name] = nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved
+    return replace(program, tensors=tensors)
 
 
 def _policy(policy: Any) -> Policy:
