@@ -10,12 +10,27 @@ from typing import TYPE_CHECKING, Any
 from fxprune.contract import Pass
 
 if TYPE_CHECKING:
+    from fxprune.passes.gradual import GradualMagnitude
     from fxprune.passes.magnitude import Magnitude
+    from fxprune.passes.random_pruning import RandomPruning
+    from fxprune.passes.sensitivity import Sensitivity
 
-__all__ = ["PASSES", "Magnitude", "load", "names", "table"]
+__all__ = [
+    "PASSES",
+    "GradualMagnitude",
+    "Magnitude",
+    "RandomPruning",
+    "Sensitivity",
+    "load",
+    "names",
+    "table",
+]
 
 PASSES: Mapping[str, str] = {
     "magnitude": "fxprune.passes.magnitude:Magnitude",
+    "gradual-magnitude": "fxprune.passes.gradual:GradualMagnitude",
+    "random-pruning": "fxprune.passes.random_pruning:RandomPruning",
+    "sensitivity": "fxprune.passes.sensitivity:Sensitivity",
 }
 """Where each pass is, by its text name; imported when it is asked for."""
 
