@@ -86,13 +86,13 @@ def _refuse_unfit(model: nn.Module) -> None:
         if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise TraceError(f"{label} wraps the model for several devices; pass its .module.")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter):
+            raise TraceError(f"{name} is not initialised yet; run the model once first.")
         if isinstance(tensor, nn.Parameter) and tensor.is_inference():
             raise TraceError(
                 f"{name} was made in inference mode and cannot be trained; build or load the model "
                 "outside torch.inference_mode()."
             )
-        if isinstance(tensor, nn.UninitializedParameter):
-            raise TraceError(f"{name} is not initialised yet; run the model once first.")
         if tensor.is_meta:
             raise TraceError(f"{name} is on the meta device and has no values; load weights first.")
         # A buffer may hold infinities on purpose: the mask of an attention.
@@ -148,8 +148,9 @@ def _run(model: nn.Module, call: Call) -> Any:
         ) from error
     for leaf in pytree.tree_leaves(outputs):
         if leaf is not None and not isinstance(leaf, Tensor):
+            shown = " ".join(repr(leaf).split())
             raise TraceError(
-                f"the model returns {type(leaf).__name__} ({leaf!r:.60}), which is no tensor. "
+                f"the model returns {type(leaf).__name__} ({shown:.60}), which is no tensor. "
                 "Return tensors, or tuples, lists and dicts of them, or None."
             )
     return outputs
