@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxprune.passes.magnitude import Magnitude
     from fxprune.passes.random_pruning import RandomPruning
     from fxprune.passes.sensitivity import Sensitivity
+    from fxprune.passes.stage_wise import StageWise
 
 __all__ = [
     "PASSES",
@@ -21,6 +22,7 @@ __all__ = [
     "Magnitude",
     "RandomPruning",
     "Sensitivity",
+    "StageWise",
     "load",
     "names",
     "table",
@@ -31,6 +33,7 @@ PASSES: Mapping[str, str] = {
     "gradual-magnitude": "fxprune.passes.gradual:GradualMagnitude",
     "random-pruning": "fxprune.passes.random_pruning:RandomPruning",
     "sensitivity": "fxprune.passes.sensitivity:Sensitivity",
+    "stage-wise": "fxprune.passes.stage_wise:StageWise",
 }
 """Where each pass is, by its text name; imported when it is asked for."""
 

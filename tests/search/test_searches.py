@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fxprune.errors import ConfigError
+from fxprune.randomness import random_state
 from fxprune.search import (
     BisectionSearch,
     CmaSearch,
@@ -91,10 +92,11 @@ def test_a_saved_search_goes_on_as_if_nothing_had_happened(
 
 @every
 def test_a_search_leaves_the_global_random_state_alone(kind: Callable[..., Search]) -> None:
-    before = np.random.get_state(legacy=True)[1].tolist(), torch.get_rng_state()
+    before = random_state()
     run(kind(LOW, HIGH, population=4, generations=3), 3)
-    assert np.random.get_state(legacy=True)[1].tolist() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
+    after = random_state()
+    assert after["numpy"] == before["numpy"] and after["python"] == before["python"]
+    assert torch.equal(after["torch"], before["torch"])
 
 
 @pytest.mark.parametrize("kind", [NegativelyCorrelatedSearch, RandomSearch, cma])
