@@ -113,7 +113,8 @@ class Program:
         output = self.graph.output_node()
         twins[output] = graph.output(fx.map_arg(output.args[0], twins.__getitem__))
         for old, new in twins.items():
-            new.name = old.name
+            if new.name != old.name:
+                new.name = old.name
         return graph, twins
 
     def with_graph(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> Program:

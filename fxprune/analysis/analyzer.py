@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fxprune.analysis import (
@@ -108,26 +112,45 @@ def _make_rectangular(walker: Walker) -> None:
         axes = ragged
 
 
+class _Numbering:
+    """Final numbers for those handed out in the walk; arrays that were one object stay one."""
+
+    def __init__(self, final: NDArray[np.int64]) -> None:
+        self._final = np.append(final, -1)  # so that -1 stays -1
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The array with final numbers."""
+        return torch.from_numpy(self._final[ids.numpy()])
+
+    def collapsed(self, ids: Tensor) -> Tensor:
+        """The array with final numbers, repetition dropped."""
+        if id(ids) not in self._known:
+            self._known[id(ids)] = ids, collapse(self(ids))
+        return self._known[id(ids)][1]
+
+    def label(self, label: Any) -> Any:
+        """A label with final numbers."""
+        if isinstance(label, Axis):
+            return self.collapsed(label.ids)
+        if isinstance(label, list):
+            return [self.label(part) for part in label]
+        return tuple(self.label(part) for part in label)
+
+
 def _result(walker: Walker) -> Neurons:
-    root = walker.ledger.resolve()
-    names, compact = torch.unique(root, return_inverse=True)
+    names, final = np.unique(walker.ledger.resolve().numpy(), return_inverse=True)
     count = len(names)
-
-    def number(ids: Tensor) -> Tensor:
-        return torch.where(ids < 0, ids, compact[ids.clamp(min=0)])
-
-    reasons: dict[int, str] = {}
-    free = torch.ones(count, dtype=torch.bool)
-    for ids, reason in walker.ledger.frozen:
-        found = number(ids).unique()
-        free[found] = False
-        if len(found):
-            reasons.setdefault(int(found[0]), reason)
+    number = _Numbering(final)
+    reason_of = torch.full((count,), -1)
+    for index, (ids, _) in reversed(list(enumerate(walker.ledger.frozen))):
+        reason_of[number(ids)] = index
     blocks = _blocks(walker, number)
-    groups = _groups(walker, number, blocks, free)
+    groups = _groups(walker, number, blocks, reason_of)
     produced = torch.zeros(count, dtype=torch.bool)
     for group in groups:
         produced[group.neurons] = True
+    labels = {n: number.label(label) for n, label in walker.labels.items()}
     neurons = Neurons(
         count=count,
         groups=groups,
@@ -136,32 +159,21 @@ def _result(walker: Walker) -> Neurons:
             Reader(
                 r.node,
                 r.operand,
-                number(r.neurons) if r.kind == "state" else collapse(number(r.neurons)),
+                number(r.neurons) if r.kind == "state" else number.collapsed(r.neurons),
                 r.kind,
             )
             for r in walker.reads
         ),
-        labels={n: _numbered(label, number) for n, label in walker.labels.items()},
-        owned={
-            name: _numbered(walker.labels[n], number)
-            for n, name in ((n, str(n.target)) for n in walker.labels if n.op == "get_attr")
-        },
+        labels=labels,
+        owned={str(n.target): label for n, label in labels.items() if n.op == "get_attr"},
         entries=tuple(Entry(c, state, number(ids)) for c, state, ids in walker.entries),
-        free=free & produced,
+        free=(reason_of < 0) & produced,
         refusals=tuple(walker.refusals),
     )
     return classify(neurons, walker.program)
 
 
-def _numbered(label: Any, number: Any) -> Any:
-    if isinstance(label, Axis):
-        return collapse(number(label.ids))
-    if isinstance(label, list):
-        return [_numbered(part, number) for part in label]
-    return tuple(_numbered(part, number) for part in label)
-
-
-def _blocks(walker: Walker, number: Any) -> tuple[Block, ...]:
+def _blocks(walker: Walker, number: _Numbering) -> tuple[Block, ...]:
     seen: Counter[str] = Counter()
     blocks = []
     for use in walker.uses:
@@ -182,69 +194,70 @@ def _blocks(walker: Walker, number: Any) -> tuple[Block, ...]:
 
 
 def _groups(
-    walker: Walker, number: Any, blocks: tuple[Block, ...], free: Tensor
+    walker: Walker, number: _Numbering, blocks: tuple[Block, ...], reason_of: Tensor
 ) -> tuple[Group, ...]:
     """Producers that share a neuron are one group, named after the first."""
+    producers = _producers(walker, number, blocks)
+    groups = []
+    taken: Counter[str] = Counter()
+    for members, neurons in _connected([ids for _, ids, _ in producers], len(reason_of)):
+        name = producers[members[0]][0]
+        taken[name] += 1
+        reasons = reason_of[neurons]
+        frozen = reasons >= 0
+        first = int(reasons[frozen][0]) if bool(frozen.any()) else None
+        groups.append(
+            Group(
+                name=name if taken[name] == 1 else f"{name}#{taken[name]}",
+                neurons=neurons,
+                free=~frozen,
+                recurrent=any(producers[i][2] for i in members),
+                reason="" if first is None else walker.ledger.frozen[first][1],
+            )
+        )
+    return tuple(groups)
+
+
+def _producers(
+    walker: Walker, number: _Numbering, blocks: tuple[Block, ...]
+) -> list[tuple[str, Tensor, bool]]:
+    """What produces neurons: its name, the neurons, and whether they are recurrent units."""
     recurrent = {n for n, _ in walker.units}
     producers: list[tuple[str, Tensor, bool]] = []
     for node, label in walker.labels.items():
         if node.op == "placeholder":
             producers.extend((node.name, number(a.ids), False) for a in label)
     for block in blocks:
-        unit = block.consumer.name in recurrent and not block.weight.rpartition(".")[2].startswith(
-            "weight_hr"
-        )
+        projected = block.weight.rpartition(".")[2].startswith("weight_hr")
+        unit = block.consumer.name in recurrent and not projected
         producers.append((_producer_name(block.weight), block.destinations, unit))
-    owner = torch.full((len(free),), -1, dtype=torch.int64)
-    parent: list[int] = []
+    return producers
 
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
 
-    for index, (_, ids, _unit) in enumerate(producers):
-        parent.append(index)
-        own = ids[ids >= 0].unique()
-        for other in owner[own].unique().tolist():
-            if other >= 0:
-                a, b = sorted((find(other), find(index)))
-                parent[b] = a
-        owner[own] = torch.where(owner[own] < 0, index, owner[own])
+def _connected(produced: list[Tensor], count: int) -> list[tuple[list[int], Tensor]]:
+    """Producers that share neurons, and the neurons of all of them, ascending.
+
+    Args:
+        produced: the neurons of each producer.
+        count: number of neurons.
+    """
+    if not produced:
+        return []
+    flat = torch.cat([ids.reshape(-1) for ids in produced]).numpy()
+    owner = np.repeat(np.arange(len(produced)), [ids.numel() for ids in produced])
+    owner, flat = owner[flat >= 0], flat[flat >= 0]
+    size = len(produced) + count
+    edges = coo_matrix((np.ones(len(flat), bool), (owner, len(produced) + flat)), (size, size))
+    _, component = connected_components(edges, directed=False)
     members: dict[int, list[int]] = {}
-    owned = owner.tolist()
-    for neuron, producer in enumerate(owned):
-        if producer >= 0:
-            members.setdefault(find(producer), []).append(neuron)
-    kinds: dict[int, bool] = {}
-    for index, (_, _ids, unit) in enumerate(producers):
-        kinds[find(index)] = kinds.get(find(index), False) or unit
-    reasons = _reasons(walker, number, len(free))
-    groups = []
-    taken: Counter[str] = Counter()
-    for index in sorted(members):
-        neurons = torch.tensor(members[index], dtype=torch.int64)
-        name = producers[index][0]
-        taken[name] += 1
-        reason = next((reasons[n] for n in members[index] if n in reasons), "")
-        groups.append(
-            Group(
-                name=name if taken[name] == 1 else f"{name}#{taken[name]}",
-                neurons=neurons,
-                free=free[neurons],
-                recurrent=kinds[index],
-                reason=reason,
-            )
-        )
-    return tuple(groups)
-
-
-def _reasons(walker: Walker, number: Any, count: int) -> dict[int, str]:
-    reasons: dict[int, str] = {}
-    for ids, reason in reversed(walker.ledger.frozen):
-        reasons.update(dict.fromkeys(number(ids).unique().tolist(), reason))
-    return reasons
+    for index, part in enumerate(component[: len(produced)].tolist()):
+        members.setdefault(part, []).append(index)
+    neurons = np.unique(flat)
+    part_of = component[len(produced) + neurons]
+    order = np.argsort(part_of, kind="stable")
+    parts = np.split(neurons[order], np.flatnonzero(np.diff(part_of[order])) + 1)
+    found = {int(component[len(produced) + p[0]]): torch.from_numpy(p) for p in parts if len(p)}
+    return [(indices, found[part]) for part, indices in members.items() if part in found]
 
 
 def _producer_name(weight: str) -> str:

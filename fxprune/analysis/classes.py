@@ -14,6 +14,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -35,16 +36,19 @@ def classify(neurons: Neurons, program: Program) -> Neurons:
     roles = _uses_by_role(neurons.blocks)
     loops = {role: _between(uses) for role, uses in roles.items() if len(uses) > 1}
     recurrent_values = {n for nodes in loops.values() for n in nodes}
+    leading = _leading_to_recurrent(program.graph, recurrent_values)
     classes: dict[tuple[str, str], ConnectionClass] = {}
     for role, uses in roles.items():
-        found = [_class_of(block, loops.get(role, set()), recurrent_values) for block in uses]
+        found = [_class_of(block, loops.get(role, set()), leading) for block in uses]
         classes[role] = max(found, key=_ORDER.index)
-    group_of = neurons.group_of()
+    group_of = np.append(neurons.group_of().numpy(), -1)  # so that no neuron is in no group
 
     def name(ids: torch.Tensor) -> str | None:
-        groups = group_of[ids[ids >= 0].unique()]
+        groups = group_of[ids.numpy()].ravel()
+        if groups.size and groups.min() != groups.max():
+            groups = group_of[np.unique(ids.numpy())]
         groups = groups[groups >= 0]
-        return neurons.groups[int(groups.mode().values)].name if len(groups) else None
+        return neurons.groups[int(np.bincount(groups).argmax())].name if groups.size else None
 
     blocks = tuple(
         replace(
@@ -70,13 +74,13 @@ def _uses_by_role(blocks: tuple[Block, ...]) -> dict[tuple[str, str], list[Block
     return roles
 
 
-def _class_of(block: Block, loop: set[fx.Node], recurrent_values: set[fx.Node]) -> ConnectionClass:
+def _class_of(block: Block, loop: set[fx.Node], leading: set[fx.Node]) -> ConnectionClass:
     if operation_name(block.consumer) in _LAYERS:
         leaf = _layer_argument(block)
         return ConnectionClass.INPUT if leaf == "ih" else ConnectionClass.RECURRENT
     if block.consumer in loop:
         return ConnectionClass.RECURRENT
-    if _reaches_recurrent(block.consumer, recurrent_values):
+    if block.consumer in leading:
         return ConnectionClass.INPUT
     return ConnectionClass.FEEDFORWARD
 
@@ -114,26 +118,27 @@ def _closure(starts: set[fx.Node], step: Any) -> set[fx.Node]:
     return seen
 
 
-def _reaches_recurrent(start: fx.Node, recurrent_values: set[fx.Node]) -> bool:
-    """Whether a value reaches a recurrent neuron without passing another block of connections."""
-    seen, todo = {start}, [start]
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            if user in seen or user.op != "call_function":
-                continue
-            name = operation_name(user)
-            if name in _LAYERS:
-                if _is_state(user, node):
-                    return True
-                continue
-            if name in _CONTRACTIONS and _through_weight(user, node):
-                continue
-            if user in recurrent_values and name not in MOVING:
-                return True
-            seen.add(user)
-            todo.append(user)
-    return False
+def _leading_to_recurrent(graph: fx.Graph, recurrent_values: set[fx.Node]) -> set[fx.Node]:
+    """Values that reach a recurrent neuron without passing another block of connections."""
+    leading: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(_leads(node, user, leading, recurrent_values) for user in node.users):
+            leading.add(node)
+    return leading
+
+
+def _leads(
+    node: fx.Node, user: fx.Node, leading: set[fx.Node], recurrent_values: set[fx.Node]
+) -> bool:
+    """Whether a value reaches a recurrent neuron by way of one of its users."""
+    if user.op != "call_function":
+        return False
+    name = operation_name(user)
+    if name in _LAYERS:
+        return _is_state(user, node)
+    if name in _CONTRACTIONS and _through_weight(user, node):
+        return False
+    return user in leading or (user in recurrent_values and name not in MOVING)
 
 
 def _is_state(layer: fx.Node, node: fx.Node) -> bool:

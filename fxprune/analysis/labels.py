@@ -8,10 +8,13 @@ them. Activations mostly have one axis; a weight has two, its rows and its colum
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -31,7 +34,7 @@ class Axis:
     ids: Tensor
     role: int | None = None
 
-    @property
+    @cached_property
     def dims(self) -> tuple[int, ...]:
         """The dimensions along which the neuron changes."""
         return varying(self.ids)
@@ -48,12 +51,14 @@ def varying(ids: Tensor) -> tuple[int, ...]:
 
 def collapse(ids: Tensor) -> Tensor:
     """Drops repetition: every dimension along which all slices are equal becomes 1."""
-    for d in range(ids.dim()):
-        if ids.shape[d] > 1:
-            first = ids.narrow(d, 0, 1)
-            if ids.stride(d) == 0 or bool((ids == first).all()):
-                ids = first
-    return ids.contiguous()
+    array = ids.numpy()
+    for d, size in enumerate(array.shape):
+        if size > 1:
+            first = array[(slice(None),) * d + (slice(0, 1),)]
+            if array.strides[d] == 0 or (array == first).all():
+                array = first
+    same = array.ndim == ids.dim() and array.shape == tuple(ids.shape)
+    return ids.contiguous() if same else torch.from_numpy(array.copy())
 
 
 def expand(axis: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -72,23 +77,18 @@ class Ledger:
 
     def fresh(self, *shape: int) -> Tensor:
         """New neurons, one per position."""
-        size = int(np.prod(shape)) if shape else 1
-        ids = torch.arange(self.count, self.count + size, dtype=torch.int64).reshape(shape)
-        self.count += size
-        return ids
+        first = self.count
+        self.count += math.prod(shape)
+        return torch.from_numpy(np.arange(first, self.count, dtype=np.int64).reshape(shape))
 
     def unify(self, a: Tensor, b: Tensor) -> None:
         """Declares neurons one, position by position with broadcasting; -1 matches nothing."""
         if a is b:
             return
-        a, b = torch.broadcast_tensors(a, b)
-        different = a != b
-        if bool(different.any()):
-            valid = different & (a >= 0) & (b >= 0)
-            self.left.append(a[valid])
-            self.right.append(b[valid])
-            # A neuron that meets a position without one cannot go alone.
-            self.freeze(torch.cat([a[different & (b < 0)], b[different & (a < 0)]]), _LONELY)
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
+        self.left.append(a.reshape(-1))
+        self.right.append(b.reshape(-1))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         """Declares that neurons must stay, and why."""
@@ -101,12 +101,22 @@ class Ledger:
         """The neuron each number stands for: connected components, numbered by first mention."""
         if not self.left:
             return torch.arange(self.count, dtype=torch.int64)
-        left = torch.cat(self.left).numpy()
-        right = torch.cat(self.right).numpy()
-        edges = coo_matrix((np.ones(len(left), np.int8), (left, right)), (self.count, self.count))
+        left, right = self._pairs()
+        edges = coo_matrix((np.ones(len(left), bool), (left, right)), (self.count, self.count))
         _, component = connected_components(edges, directed=False)
         _, first = np.unique(component, return_index=True)
         return torch.from_numpy(first[component].astype(np.int64))
+
+    def _pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The different neurons declared one; those that met no neuron are frozen instead."""
+        left, right = torch.cat(self.left).numpy(), torch.cat(self.right).numpy()
+        different, known = left != right, (left >= 0) & (right >= 0)
+        # A neuron that meets a position without one cannot go alone.
+        lonely = np.maximum(left, right)[different & ~known]
+        self.freeze(torch.from_numpy(lonely), _LONELY)
+        left, right = left[different & known], right[different & known]
+        self.left, self.right = [torch.from_numpy(left)], [torch.from_numpy(right)]
+        return left, right
 
 
 _LONELY = "meets a position that belongs to no neuron"

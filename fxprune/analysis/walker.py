@@ -7,6 +7,7 @@ modules): a function of the walker and the node that returns the labels of the n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,7 @@ class Walker:
     entries: list[tuple[fx.Node, fx.Node, Tensor]] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
+    shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     boundary: Boundary | None = None
     shrunk: frozenset[fx.Node] = frozenset()
 
@@ -92,7 +94,11 @@ class Walker:
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of a node's value at the example inputs."""
-        return tuple(self.size(s) for s in node.meta["val"].shape)
+        known = self.shapes.get(node)
+        if known is None:
+            known = tuple(self.size(s) for s in node.meta["val"].shape)
+            self.shapes[node] = known
+        return known
 
     def size(self, value: Any) -> int:
         """An integer argument at the example inputs: a number, a symbol or a node."""
@@ -101,7 +107,8 @@ class Walker:
         if isinstance(value, int):
             return value
         expression = value.node.expr
-        hint = value.node.hint if not expression.free_symbols & self._unbacked else None
+        unbacked = self._unbacked and expression.free_symbols & self._unbacked
+        hint = None if unbacked else value.node.hint
         if hint is not None:
             return int(hint)
         return int(expression.subs(self.sizes))
@@ -263,10 +270,15 @@ def _flat(label: Any) -> list[Axis]:
 
 def operation_name(node: fx.Node) -> str:
     """The operation without namespace and overload: ``linear``, ``lstm``, ``getitem``."""
-    schema = getattr(node.target, "_schema", None)
+    return _name_of(node.target)
+
+
+@lru_cache(maxsize=1024)
+def _name_of(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
     if schema is not None:
         return str(schema.name).split("::")[-1]
-    return str(getattr(node.target, "__name__", node.target))
+    return str(getattr(target, "__name__", target))
 
 
 _REARRANGEMENTS = {

@@ -52,7 +52,7 @@ def fold_constants(program: Program, neurons: Neurons) -> Program:
 
     What it computes is what the program computes under its masks, up to rounding.
     """
-    if program.masks.empty:
+    if not program.masks.connections:  # only a row that is masked whole is constant
         return program
     constants = find_constants(program, neurons)
     uses = Counter(b.weight for b in neurons.blocks)

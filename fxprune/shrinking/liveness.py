@@ -7,9 +7,12 @@ densely dead neurons read each other: liveness is reachability from what must st
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 if TYPE_CHECKING:
@@ -26,34 +29,47 @@ def alive_neurons(neurons: Neurons, masks: Masks) -> Tensor:
 
     Cost: one or two passes over the blocks in reverse order, more only where loops demand it.
     """
-    cut = torch.zeros(neurons.count, dtype=torch.bool)
-    cut[masks.neurons] = True
-    alive = ~neurons.free
+    # One entry more stands for "no neuron", which -1 finds: always there, never cut.
+    alive = np.append(~neurons.free.numpy(), True)
+    cut = np.zeros(neurons.count + 1, bool)
+    cut[masks.neurons.numpy()] = True
     for reader in neurons.readers:
-        ids = reader.neurons[reader.neurons >= 0]
+        ids = reader.neurons.numpy()
         alive[ids] |= ~cut[ids] if reader.kind != "other" else True
-    connections = [operand_mask(block, masks.connections) for block in neurons.blocks]
+    connections = [_Connections.of(block, masks) for block in reversed(neurons.blocks)]
     changed = True
     while changed:
-        before = int(alive.sum())
-        for block, mask in zip(reversed(neurons.blocks), reversed(connections), strict=True):
-            _read_through(block, mask, alive, cut)
-        changed = int(alive.sum()) != before
-    return alive
+        before = alive.sum()
+        for block in connections:
+            block.read(alive, cut)
+        changed = alive.sum() != before
+    return torch.from_numpy(alive[:-1].copy())
 
 
-def _read_through(block: Block, mask: Tensor | None, alive: Tensor, cut: Tensor) -> None:
-    """Marks the sources of a block's connections into living neurons."""
-    sources = block.sources
-    if bool((sources < 0).all()):
-        return
-    near = (block.destinations < 0) | alive[block.destinations.clamp(min=0)]
-    wanted = near if mask is None else mask & near
-    repeated = [d for d in range(wanted.dim()) if sources.shape[d] == 1 and wanted.shape[d] > 1]
-    if repeated:
-        wanted = wanted.any(dim=repeated, keepdim=True)
-    read = sources[wanted.expand(sources.shape) & (sources >= 0)]
-    alive[read] |= ~cut[read]
+@dataclass(frozen=True)
+class _Connections:
+    """A block's neuron arrays and mask."""
+
+    sources: NDArray[np.int64]
+    destinations: NDArray[np.int64]
+    mask: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, block: Block, masks: Masks) -> _Connections:
+        mask = operand_mask(block, masks.connections)
+        array = None if mask is None else mask.numpy(force=True)
+        return cls(block.sources.numpy(), block.destinations.numpy(), array)
+
+    def read(self, alive: NDArray[np.bool_], cut: NDArray[np.bool_]) -> None:
+        """Marks the sources of connections into living neurons."""
+        near = alive[self.destinations]
+        wanted = near if self.mask is None else self.mask & near
+        shape = self.sources.shape
+        repeated = tuple(d for d, n in enumerate(wanted.shape) if n > 1 and shape[d] == 1)
+        if repeated:
+            wanted = np.any(wanted, axis=repeated, keepdims=True)
+        read = self.sources[np.broadcast_to(wanted, shape)]
+        alive[read] |= ~cut[read]
 
 
 def operand_mask(block: Block, connections: Mapping[str, Tensor]) -> Tensor | None:
@@ -84,13 +100,14 @@ def _evaluate(node: fx.Node, connections: Mapping[str, Tensor]) -> Tensor:
 
 def kept_neurons(neurons: Neurons, alive: Tensor) -> Tensor:
     """Living neurons, and one dead one wherever a tensor dimension would be left without any."""
-    kept = alive.clone()
-    for label in (*neurons.labels.values(), *neurons.owned.values()):
-        for ids in _arrays(label):
-            present = ids.reshape(-1)
-            if not bool((present < 0).any()) and not bool(kept[present].any()):
-                kept[present[0]] = True
-    return kept
+    kept = np.append(alive.numpy(), True)  # where -1 is, something is
+    labels = (*neurons.labels.values(), *neurons.owned.values())
+    arrays = {id(ids): ids for label in labels for ids in _arrays(label)}
+    for ids in arrays.values():
+        present = ids.numpy().ravel()
+        if not kept[present].any():
+            kept[present[0]] = True
+    return torch.from_numpy(kept[:-1].copy())
 
 
 def _arrays(label: object) -> list[Tensor]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -69,6 +71,7 @@ class _Shrinking:
 
     def __init__(self, program: Program, neurons: Neurons, kept: Tensor) -> None:
         self.program, self.neurons, self.kept = program, neurons, kept
+        self._present = np.append(kept.numpy(), True)  # where -1 is no neuron, nothing goes
         self.sizes = Walker(program, {})
         self.sizes.find_sizes()
         self.graph, self.twins = program.copy_graph()
@@ -76,9 +79,10 @@ class _Shrinking:
         self.slices: dict[str, Slices] = {}
 
     def run(self) -> Shrunk:
-        for name, tensor in self.program.tensors.items():
-            self.slices[name] = self._slices(name, tensor)
-            self.tensors[name] = _own(tensor, self.slices[name])
+        with torch.no_grad(), torch.inference_mode(False):
+            for name, tensor in self.program.tensors.items():
+                self.slices[name] = self._slices(name, tensor)
+                self.tensors[name] = _own(tensor, self.slices[name])
         for node in list(self.program.graph.nodes):
             if node.op == "call_function":
                 self._rewrite(node)
@@ -112,15 +116,17 @@ class _Shrinking:
         return self.sizes.size(value)
 
     def _positions(self, label: tuple[Tensor, ...], dim: int) -> Tensor | None:
-        keep: Tensor | None = None
+        keep: NDArray[np.bool_] | None = None
         for ids in label:
             if ids.shape[dim] > 1:
-                along = self._stays(ids).movedim(dim, 0).reshape(ids.shape[dim], -1).all(1)
+                slices = np.moveaxis(self._stays(ids), dim, 0).reshape(ids.shape[dim], -1)
+                along = np.all(slices, axis=1)
                 keep = along if keep is None else keep & along
-        return None if keep is None or bool(keep.all()) else keep.nonzero().reshape(-1)
+        return None if keep is None or keep.all() else torch.from_numpy(np.flatnonzero(keep))
 
-    def _stays(self, ids: Tensor) -> Tensor:
-        return (ids < 0) | self.kept[ids.clamp(min=0)]
+    def _stays(self, ids: Tensor) -> NDArray[np.bool_]:
+        stays: NDArray[np.bool_] = self._present[ids.numpy()]
+        return stays
 
     # Tensors and nodes ---------------------------------------------------------------------
 
@@ -206,21 +212,22 @@ class _Shrinking:
     def _states_in(self) -> None:
         for entry in self.neurons.entries:
             stays = self._stays(entry.neurons)
-            if bool(stays.all()):
+            if stays.all():
                 continue
             consumer, state = self.twins[entry.consumer], self.twins[entry.state]
             with self.graph.inserting_before(consumer):
-                units = self._constant("_units", stays.nonzero().reshape(-1))
+                units = self._constant("_units", torch.from_numpy(np.flatnonzero(stays)))
                 entered = self.graph.call_function(enter_state, (state, units))
-            _replace_state(entry, consumer, state, entered, stays)
+            _replace_state(entry, consumer, state, entered)
 
     def _states_out(self) -> None:
         for reader in self.neurons.readers:
             if reader.kind != "state":
                 continue
-            stays = self._stays(reader.neurons).reshape(-1)
-            if bool(stays.all()):
+            present = self._stays(reader.neurons)
+            if present.all():
                 continue
+            stays = torch.from_numpy(present).reshape(-1)
             part = self.twins[reader.operand]
             # A unit that was cut, but had to stay physically, leaves as the zero it is.
             shown = stays & ~torch.isin(reader.neurons.reshape(-1), self.program.masks.neurons)
@@ -317,9 +324,7 @@ def _smaller_call(call: Call, slices: tuple[Slices, ...]) -> Call:
     return result
 
 
-def _replace_state(
-    entry: Entry, consumer: fx.Node, state: fx.Node, entered: fx.Node, stays: Tensor
-) -> None:
+def _replace_state(entry: Entry, consumer: fx.Node, state: fx.Node, entered: fx.Node) -> None:
     """Only the state arguments: what else the layer reads may be the same value."""
     cells = operation_name(entry.consumer) in ("lstm_cell",)
     if cells:
@@ -333,10 +338,9 @@ def _replace_state(
 
 def _own(tensor: Tensor, slices: Slices) -> Tensor:
     """A tensor of its own, sliced; parameters stay parameters."""
-    with torch.no_grad(), torch.inference_mode(False):
-        owned = _sliced(tensor.detach(), slices)
-        if owned.data_ptr() == tensor.data_ptr() or owned.is_inference():
-            owned = owned.clone()
+    owned = _sliced(tensor.detach(), slices)
+    if owned.data_ptr() == tensor.data_ptr() or owned.is_inference():
+        owned = owned.clone()
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(owned, requires_grad=tensor.requires_grad)
     return owned
