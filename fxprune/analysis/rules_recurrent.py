@@ -102,8 +102,6 @@ def _state(w: Walker, node: fx.Node, state: Any, neurons: Tensor) -> None:
 
 
 def _last(neurons: Tensor, rank: int) -> Label:
-    if neurons.numel() == 1:
-        return (Axis(neurons.reshape((1,) * rank)),)
     return (Axis(neurons.reshape((1,) * (rank - 1) + (-1,))),)
 
 

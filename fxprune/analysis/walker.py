@@ -253,13 +253,12 @@ class Walker:
     def _apply(self, node: fx.Node) -> Any:
         if not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
             return ()  # arithmetic on sizes
-        rule = self.rules.get(operation_name(node))
-        if rule is not None:
-            return rule(self, node)
         tags = getattr(node.target, "tags", ())
-        if torch.Tag.pointwise in tags:
-            return self.rules["pointwise"](self, node)
-        return self.rules["unknown"](self, node)
+        other = self.rules["pointwise" if torch.Tag.pointwise in tags else "unknown"]
+        label = self.rules.get(operation_name(node), other)(self, node)
+        if isinstance(label, list):
+            return [self.settle(part) for part in label]
+        return self.settle(label)
 
 
 def _flat(label: Any) -> list[Axis]:
