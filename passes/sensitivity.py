@@ -73,6 +73,8 @@ class Sensitivity(Pass):
         batches: for "gradient": how many mini-batches of ``Task.train`` are used, 16 by default;
             one pass over them where there are fewer.
         structure: what is removed: "connection" (default) or "neuron".
+        row_floor: for "gradient" and connections: whether the best connection of each row stays,
+            true by default. Where few are to stay, the floor takes most of them.
 
     Raises:
         ConfigError: an option is out of range, or has no effect with the others.
@@ -93,6 +95,7 @@ class Sensitivity(Pass):
     scope: Literal["group", "global", "class"] = "group"
     batches: int = 16
     structure: Literal["connection", "neuron"] = "connection"
+    row_floor: bool = True
 
     @classmethod
     def published(cls) -> Self:
@@ -106,6 +109,7 @@ class Sensitivity(Pass):
         check_choice(self, "criterion", ("std", "gradient"))
         check_choice(self, "structure", ("connection", "neuron"))
         check_choice(self, "scope", SCOPES)
+        check_choice(self, "row_floor", (True, False))
         check_number(self, "threshold", 0, math.inf)
         check_number(self, "floor", 0, 1)
         check_number(self, "sparsity", 0, 1)
@@ -116,7 +120,9 @@ class Sensitivity(Pass):
             )
         idle = {"sparsity", "scope"} if self._by_threshold else {"threshold", "floor"}
         if self.criterion == "std":
-            idle.add("batches")
+            idle |= {"batches", "row_floor"}
+        elif self.structure == "neuron":
+            idle.add("row_floor")
         for option in sorted(idle):
             if getattr(self, option) != getattr(type(self), option):
                 raise ConfigError(
@@ -157,7 +163,7 @@ class Sensitivity(Pass):
                 cut, refusals = cut_neurons(found, sums, self.sparsity, self.scope)
                 masks = masks.cut_neurons(cut)
             else:
-                keep, reasons = _lowest(scored(found.maskable, scores), self.sparsity, self.scope)
+                keep, reasons = self._lowest(scored(found.maskable, scores))
                 masks, refusals = masks.cut_connections(keep), (*found.kept_weights, *reasons)
         changed = not masks.same_as(program.masks)
         return PassResult(replace(program, masks=masks) if changed else program, changed, refusals)
@@ -171,6 +177,23 @@ class Sensitivity(Pass):
         assert task is not None  # by `requires`
         names = [w.name for w in weights]
         return gradient_scores(program, facts[NeuronAnalysis], names, task, self.batches)
+
+    def _lowest(self, weights: tuple[Weight, ...]) -> Chosen:
+        """The lowest go; where that would empty rows, others do instead of the best of each row."""
+        keep = cut_connections(weights, self.sparsity, self.scope)
+        if not self.row_floor:
+            return keep, []
+        best = {w.name: _best_of_rows(w) for w in weights}
+        starving = {n: count for n in keep if (count := int((best[n] & ~keep[n]).sum()))}
+        if not starving:
+            return keep, []
+        spared = {w.name: w.tensor.masked_fill(best[w.name], torch.inf) for w in weights}
+        keep = cut_connections(scored(weights, spared), self.sparsity, self.scope)
+        reasons = [
+            Refusal(name, f"kept the best connection of {count} rows that would have gone empty")
+            for name, count in starving.items()
+        ]
+        return {name: mask | best[name] for name, mask in keep.items()}, reasons
 
 
 Chosen = tuple[dict[str, Tensor], list[Refusal]]
@@ -234,26 +257,6 @@ def _values(weight: Weight) -> tuple[Tensor, Tensor]:
 
 
 # Selection ----------------------------------------------------------------------------------------
-
-
-def _lowest(weights: tuple[Weight, ...], sparsity: float, scope: str) -> Chosen:
-    """The lowest go; where that would empty rows, others do instead of the best of each row."""
-    keep = cut_connections(weights, sparsity, scope)
-    best = {w.name: _best_of_rows(w) for w in weights}
-    starving = {
-        name: count
-        for w in weights
-        if (name := w.name) in keep and (count := int((best[name] & ~keep[name]).sum()))
-    }
-    if not starving:
-        return keep, []
-    spared = {w.name: w.tensor.masked_fill(best[w.name], torch.inf) for w in weights}
-    keep = cut_connections(scored(weights, spared), sparsity, scope)
-    reasons = [
-        Refusal(name, f"kept the best connection of {count} rows that would have gone empty")
-        for name, count in starving.items()
-    ]
-    return {name: mask | best[name] for name, mask in keep.items()}, reasons
 
 
 def _best_of_rows(weight: Weight) -> Tensor:

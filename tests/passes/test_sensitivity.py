@@ -222,6 +222,15 @@ def test_no_row_starves(model: Tagger, tagger: Program, scope: Any) -> None:
     assert 12 <= int(told["rnn.weight_hh_l0"][1]) <= 15
 
 
+def test_rows_may_starve_where_the_user_says_so(model: Tagger, tagger: Program) -> None:
+    scores = slow_scores(model, mse, batches())["rnn.weight_hh_l0"].flatten()
+    sensitivity = Sensitivity("gradient", sparsity=0.96, row_floor=False)
+    outcome = prune(tagger, sensitivity, task=make_task())
+    keep = outcome.program.masks.connections["rnn.weight_hh_l0"].flatten()
+    assert set(keep.nonzero().flatten().tolist()) == set(scores.topk(75 - 72).indices.tolist())
+    assert outcome.refusals == ()
+
+
 def test_others_go_in_place_of_the_last_of_a_row(tagger: Program) -> None:
     weight = torch.ones(15, 5)
     weight[3] = 1e-6  # the reset gate of one unit
@@ -410,6 +419,8 @@ def test_data_without_batches_are_refused(tagger: Program) -> None:
         ({"batches": 2.0}, "'batches' of pass 'sensitivity' must be an integer, at least 1"),
         ({"sparsity": 0.9}, "'sparsity' of pass 'sensitivity' has no effect with criterion=std"),
         ({"batches": 4}, "'batches' of pass 'sensitivity' has no effect"),
+        ({"row_floor": 0}, "'row_floor' of pass 'sensitivity' must be one of True, False"),
+        ({"row_floor": False}, "'row_floor' of pass 'sensitivity' has no effect"),
         ({"criterion": "gradient", "floor": 0.1}, "'floor' of pass 'sensitivity' has no effect"),
         (
             {"structure": "neuron", "threshold": 3},
