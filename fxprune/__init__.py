@@ -9,6 +9,7 @@
 torch.Size([3, 7, 16])
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,9 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: ``fxprune --help`` need not wait for ONNX."""
     if name not in _PLACES:
         raise AttributeError(f"module 'fxprune' has no attribute {name!r}")
+    state = random.getstate()  # rich draws a number when it is imported
     value = getattr(import_module(f"fxprune.{_PLACES[name]}"), name)
+    random.setstate(state)
     globals()[name] = value
     return value
 

@@ -331,6 +331,9 @@ def _finish(
     """Shrinks, verifies and reports."""
     program = outcome.program
     detached = {n: t.detach() for n, t in program.tensors.items()}
+    for name, kind in program.kinds.items():
+        if kind is Kind.BUFFER:  # a batch norm that is run in train mode writes its statistics
+            detached[name] = detached[name].clone()
     masked = insert_masks(replace(program, tensors=detached), neurons).module()
     small = compact_program(program, neurons)
     module = small.program.module()
