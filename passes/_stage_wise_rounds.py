@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import TrainingError
 from fxprune.masking.insertion import insert_masks
+from fxprune.passes._stage_wise_constraint import Constraint
 from fxprune.passes._stage_wise_evaluation import Counts, Material, owned
 from fxprune.passes._stage_wise_workers import Evaluator
 from fxprune.progress import track
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Rounds", "Stage"]
 
 _LOG = logging.getLogger("fxprune")
-
-WORST = 1e6
-"""Fitness of a candidate whose metric is infinite; searches calculate with fitnesses."""
 
 PATIENCE = 2
 """A stage ends after so many rounds in a row whose search found nothing."""
@@ -174,13 +172,14 @@ class Rounds:
         else:
             state.stalls = 0
             program, metric = self._retrain(found, material, place)
-            if self._worse_by(metric) <= self._allowed(options.recovery):
+            recovery = self._within(options.recovery)
+            if recovery.excess(metric) <= 0:
                 self.program, self._keep = program, material.keep(found)
                 state.counts, state.metric = list(found), metric
                 state.recovered += 1
             else:
-                needed = self._needed(options.recovery)
-                end = f"{self._removed(found):.2%} removed did not recover: {metric:g}, {needed}"
+                end = f"with {self._removed(found):.2%} removed it did not recover: the metric was "
+                end += f"{metric:g} where {recovery} was needed"
         _LOG.info("%s: %s, %s", options.name, place, self.summary())
         if end is not None:
             state.ends.append(f"ended after round {state.round}, {self.summary()}: {end}")
@@ -201,6 +200,7 @@ class Rounds:
         """The candidate that removes most within the tolerance; None if none removes more."""
         checkpoint = self._checkpoint(f"{place}-search")
         stage, state = self.stages[self.state.stage], self.state
+        tolerance = self._within(self.options.tolerance)
         low = np.array([state.counts[i] / self.groups[i].size for i in stage.groups])
         high = np.maximum(low, self.options.most)
         high = low + (high - low) * 0.1**state.stalls  # closer, where nothing was found
@@ -214,8 +214,10 @@ class Rounds:
             while not search.done:
                 candidates = [self._counts(stage, point) for point in search.ask()]
                 metrics = evaluator(candidates, tracker.advance)
-                fitnesses = [self._fitness(*c) for c in zip(candidates, metrics, strict=True)]
-                search.tell(fitnesses)
+                removed = map(self._removed, candidates)
+                search.tell(
+                    [tolerance.fitness(*pair) for pair in zip(removed, metrics, strict=True)]
+                )
                 if checkpoint is not None:
                     checkpoint.save({"search": search.state_dict()})
                 tracker.advance(0, removed=max(0.0, -search.best.fitness))
@@ -230,18 +232,8 @@ class Rounds:
             counts[i] = max(counts[i], self.groups[i].count(float(ratio)))
         return tuple(counts)
 
-    def _fitness(self, counts: Counts, metric: float) -> float:
-        """Minus the fraction removed within the tolerance, beyond it how far beyond, from 1."""
-        allowed, worse = self._allowed(self.options.tolerance), self._worse_by(metric)
-        if worse <= allowed:
-            return -self._removed(counts)
-        unit = allowed or abs(self.state.dense) or 1.0
-        return min(WORST, 1 + (worse - allowed) / unit)
-
     def _removed(self, counts: Counts) -> float:
         return sum(counts) / sum(group.size for group in self.groups)
-
-    # the metric against the unpruned model's
 
     def _dense_metric(self, evaluator: Evaluator) -> float:
         metric = evaluator([tuple(self.state.counts)])[0]
@@ -252,17 +244,8 @@ class Rounds:
             )
         return metric
 
-    def _worse_by(self, metric: float) -> float:
-        worse = metric - self.state.dense
-        return worse if self.task.goal == "min" else -worse
-
-    def _allowed(self, limit: float) -> float:
-        return limit * abs(self.state.dense) if self.options.relative else limit
-
-    def _needed(self, limit: float) -> str:
-        allowed = self._allowed(limit)
-        bound = self.state.dense + (allowed if self.task.goal == "min" else -allowed)
-        return f"where at {'most' if self.task.goal == 'min' else 'least'} {bound:g} was needed"
+    def _within(self, limit: float) -> Constraint:
+        return Constraint(self.state.dense, self.task.goal, limit, self.options.relative)
 
     # models
 

@@ -23,8 +23,7 @@ are not pruned.
 Left alone, each with its reason: what is protected; what no operation contracts with; and what
 every stage left, with the reason for its end. If nothing recovers, the program is unchanged.
 
-Source: Li, Yang, Qian, Hong, Tang, "Evolutionary stage-wise pruning", TNNLS 2022,
-https://doi.org/10.1109/tnnls.2022.3184730.
+Source: Li, Yang, Qian, Hong, Tang, TNNLS 2022, https://doi.org/10.1109/tnnls.2022.3184730.
 """
 
 from __future__ import annotations
