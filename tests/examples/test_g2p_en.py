@@ -126,7 +126,7 @@ def test_script_prints_the_figures(
     data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(g2p_en, "SAMPLE", 100)
-    assert g2p_en.main(["--data", str(data_dir), "--sparsity"]) == 0
+    assert g2p_en.main(["--data", str(data_dir)]) == 0
     printed = capsys.readouterr().out
     assert "g2p_en on 100 words" in printed
     assert "10.26%" in printed and "32.34%" in printed

@@ -47,7 +47,8 @@ def test_model_is_the_authors_graph_in_float64(kind: str, data_dir: Path) -> Non
     proto = onnx.load(data_dir / "models/silero_vad/silero_vad_16k_op15.onnx")
     widen(proto.graph)
     authors = ReferenceEvaluator(proto)
-    chunks = silero_vad.make_recording(data_dir, silero_vad.GAPS[kind], digits=4).chunks.double()
+    digits = silero_vad.read_digits(data_dir)
+    chunks = silero_vad.make_recording(digits, silero_vad.GAPS[kind], count=4).chunks.double()
     state: NDArray[np.float64] = np.zeros((2, 1, silero_vad.HIDDEN))
     rate = np.array(silero_vad.RATE)
     expected = []
@@ -61,15 +62,15 @@ def test_model_is_the_authors_graph_in_float64(kind: str, data_dir: Path) -> Non
     assert silero_vad.max_difference(actual, torch.cat(expected, dim=1)) <= 1e-13
 
 
-# Bounds: twice what was measured, as kernels of another processor round otherwise. On speech the
-# published agreement is 1.1e-6. Where speech gives way to exact zeros the authors' file is itself
-# 1.5e-5 from its float64 result (the table that the example prints).
+# Bounds: twice what was measured, as kernels of another processor round otherwise. Where speech
+# gives way to exact zeros the authors' file is itself 7e-6 from its float64 result (the table that
+# the example prints).
 @pytest.mark.parametrize(
     ("kind", "whole_bound", "streaming_bound"),
     [
-        ("speech", 2e-6, 8e-6),
-        ("speech, noise", 3e-6, 6e-6),
-        ("speech, digital silence", 5e-5, 6e-5),
+        ("speech", 3e-6, 7e-6),
+        ("speech, noise", 4e-6, 5e-6),
+        ("speech, digital silence", 2e-5, 5e-5),
     ],
 )
 def test_agreement_in_float32(
@@ -80,7 +81,8 @@ def test_agreement_in_float32(
     models: tuple[silero_vad.SileroVad, silero_vad.SileroVadSequence],
 ) -> None:
     streaming, sequence = models
-    chunks = silero_vad.make_recording(data_dir, silero_vad.GAPS[kind]).chunks
+    digits = silero_vad.read_digits(data_dir)
+    chunks = silero_vad.make_recording(digits, silero_vad.GAPS[kind]).chunks
     authors = silero_vad.run_authors_file(data_dir, chunks)
     whole = silero_vad.run_sequence(sequence, chunks)
     assert silero_vad.max_difference(whole, authors) <= whole_bound
@@ -138,6 +140,6 @@ def test_script_prints_a_row_per_kind(
     data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(silero_vad, "GAPS", {"speech": (), "hiss": (1e-2,)})
-    assert silero_vad.main(["--data", str(data_dir), "--sparsity"]) == 0
+    assert silero_vad.main(["--data", str(data_dir)]) == 0
     printed = capsys.readouterr().out
     assert all(f" {kind} " in printed for kind in silero_vad.GAPS)
