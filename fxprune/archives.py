@@ -17,10 +17,15 @@ from fxprune.tracing.importing import import_program
 from fxprune.tracing.layers import LayerWeights, run_stack
 from fxprune.tracing.modes import switchable
 from fxprune.tracing.recurrent import stock_operations
+from fxprune.tracing.sizes import at_sizes, example_sizes
 from fxprune.tracing.tracer import trace
+from fxprune.verify import compare_outputs, tolerance_of
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
+
+    from fxprune.program import InputSpec
 
 __all__ = ["load", "save_archive"]
 
@@ -75,9 +80,14 @@ def save_archive(
         )
     with stock_operations():
         exported = export_program(program)
-    frozen = _frozen_sizes(program, exported)
+    now = import_program(exported, program.example).inputs
+    _drop_needless_guards(program, exported, now)
     write_archive(exported, path)
-    return frozen
+    return tuple(
+        f"{spec.name}[{dim}]={size}"
+        for spec, dim, was, size in _dimensions(program, now)
+        if isinstance(was, str) and isinstance(size, int)
+    )
 
 
 def _follows_mode(node: fx.Node) -> bool:
@@ -97,15 +107,31 @@ def _takes_lengths(node: fx.Node) -> bool:
     )
 
 
-def _frozen_sizes(program: Program, exported: Any) -> tuple[str, ...]:
-    """Dimensions that were dynamic in the program and are numbers in the archive."""
-    now = import_program(exported, program.example).inputs
-    return tuple(
-        f"{spec.name}[{dim}]={size}"
-        for spec, new in zip(program.inputs, now, strict=True)
-        for dim, (was, size) in enumerate(zip(spec.shape or (), new.shape or (), strict=True))
-        if isinstance(was, str) and isinstance(size, int)
-    )
+def _dimensions(
+    program: Program, now: tuple[InputSpec, ...]
+) -> Iterator[tuple[InputSpec, int, int | str, int | str]]:
+    """Every dimension of every input: its size in the program, and in the archive."""
+    for spec, new in zip(program.inputs, now, strict=True):
+        for dim, (was, size) in enumerate(zip(spec.shape or (), new.shape or (), strict=True)):
+            yield spec, dim, was, size
+
+
+def _drop_needless_guards(program: Program, exported: Any, now: tuple[InputSpec, ...]) -> None:
+    """Lifts guards that refuse a size of 1, which torch sets for strides, if it computes the same.
+
+    Batch 1 is what most people run.
+    """
+    guards = [g for g in exported._guards_code if "!=" not in g]
+    frozen = {was for _, _, was, size in _dimensions(program, now) if isinstance(size, int)}
+    sizes = {s: 1 for s in example_sizes(program) if s not in frozen}
+    if len(guards) == len(exported._guards_code) or not sizes:
+        return
+    args, kwargs = at_sizes(program, sizes)
+    with torch.no_grad():
+        expected = program.module()(*args, **kwargs)
+        result = exported.module(check_guards=False)(*args, **kwargs)
+    if compare_outputs(expected, result).within(tolerance_of(expected, "equal")):
+        exported._guards_code = guards
 
 
 # Torch's own recurrent operations --------------------------------------------------------------

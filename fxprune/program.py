@@ -294,13 +294,16 @@ def _insert_input_checks(graph: fx.Graph, program: Program) -> None:
 
 
 def _argument_names(program: Program) -> list[str] | None:
+    """Names of forward's parameters; None if they cannot all be told."""
     args_spec, kwargs_spec = program.in_spec.child(0), program.in_spec.child(1)
-    if args_spec.num_leaves + kwargs_spec.num_leaves != len(program.inputs):
-        return None
-    if any(not c.is_leaf() for c in (*args_spec.children(), *kwargs_spec.children())):
-        return None
-    positional = [spec.name for spec in program.inputs[: args_spec.num_children]]
-    names = [*positional, *kwargs_spec.context]
+    names = [f"arg_{i}" for i in range(args_spec.num_children)]
+    leaves, _ = pytree.tree_flatten_with_path(program.example)
+    for (path, _), spec in reversed(list(zip(leaves, program.inputs, strict=True))):
+        if path[0].idx == 0:
+            # The first leaf of an argument is named after it and its own place in it.
+            keys = [str(getattr(k, "key", getattr(k, "idx", ""))) for k in path[2:]]
+            names[path[1].idx] = spec.name.removesuffix("".join(f"_{k}" for k in keys))
+    names += kwargs_spec.context
     return names if all(n.isidentifier() for n in names) and len(set(names)) == len(names) else None
 
 
