@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from fxprune.program import InputSpec, Kind, Program, Refusal
 from fxprune.progress import track
 from fxprune.report import Report
 from fxprune.shrinking.compact import compact_program
+from fxprune.shrinking.fold import fold_constants
 from fxprune.shrinking.liveness import alive_neurons
 from fxprune.tracing.exporting import export_program
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
@@ -299,14 +301,14 @@ def _fine_tuning(neurons: Neurons, task: Task, progress: bool) -> Callable[[Prog
     """Trains the weights of a program under its masks, in tensors of its own."""
     from fxprune.training import fit
 
+    numbers = itertools.count(1)  # fits that share a checkpoint folder need names of their own
+
     def fine_tune(program: Program) -> Program:
         owned = _own_tensors(program)
-        fine_tune.calls += 1  # type: ignore[attr-defined]
-        name = f"fine-tune-{fine_tune.calls}"  # type: ignore[attr-defined]
-        fit(insert_masks(owned, neurons).module(), task, progress=progress, name=name)
-        return owned
+        module = insert_masks(owned, neurons).module()
+        fit(module, task, progress=progress, name=f"fine-tune-{next(numbers)}")
+        return _with_weights(owned, module)
 
-    fine_tune.calls = 0  # type: ignore[attr-defined]
     return fine_tune
 
 
@@ -349,14 +351,15 @@ def _report(
     outcome: Outcome, neurons: Neurons, small: Shrunk, policy: Policy, verification: Any
 ) -> Report:
     program = outcome.program
-    alive = alive_neurons(neurons, program.masks)
+    masks = fold_constants(program, neurons).masks  # what is folded is gone as well
+    alive = alive_neurons(neurons, masks)
     sizes = {
         n: tuple(t.shape)
         for n, t in small.program.tensors.items()
         if small.program.kinds[n] is Kind.PARAMETER
     }
     return Report(
-        counts=count(program, neurons, program.masks, alive, sizes),
+        counts=count(program, neurons, masks, alive, sizes),
         macs=_macs(program, small),
         kept=_kept(program, small),
         verification=verification,
