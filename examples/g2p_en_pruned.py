@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(quality_table("in one shot", [(p.sparsity, p.quality) for p in points]))
     trained = [(p.sparsity, p.trained) for p in points if p.trained is not None]
     if trained:
-        console.print(quality_table(f"{options.epochs} epochs of training", trained))
+        console.print(quality_table(f"after training, epochs: {options.epochs}", trained))
     if options.plot:
         draw(points, options.plot)
     return 0
