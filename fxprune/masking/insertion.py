@@ -112,8 +112,6 @@ class _Insertion:
 
     def _normalize(self, node: fx.Node, reader: Reader) -> None:
         keep = (~self._is_cut(reader.neurons)).reshape(-1)
-        dim = 1 if operation_name(node) == "group_norm" else -1
-        keep = keep.expand(int(reader.operand.meta["val"].shape[dim]))
         with self.graph.inserting_before(node):
             gate = self._constant(keep.to(self._dtype(node)), "gate", None)
             name = operation_name(node)

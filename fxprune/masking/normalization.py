@@ -23,7 +23,7 @@ def masked_layer_norm(
 
     Args:
         x: [..., features].
-        keep: 1 where a neuron stays, [features].
+        keep: 1 where a neuron stays, [features], or [1] for all of them.
         weight: gain, [features].
         bias: offset, [features].
         eps: added to the variance.
@@ -32,6 +32,7 @@ def masked_layer_norm(
         >>> masked_layer_norm(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([1.0, 1.0, 0.0]))[0, :2]
         tensor([-1.0000,  1.0000])
     """
+    keep = keep.expand(x.shape[-1])
     count = keep.sum().clamp(min=1)
     mean = (x * keep).sum(-1, keepdim=True) / count
     centred = (x - mean) * keep
@@ -44,6 +45,7 @@ def masked_rms_norm(
 ) -> Tensor:
     """Root-mean-square norm over the kept positions; arguments as :func:`masked_layer_norm`."""
     eps = torch.finfo(x.dtype).eps if eps is None else eps
+    keep = keep.expand(x.shape[-1])
     kept = x * keep
     mean = (kept * kept).sum(-1, keepdim=True) / keep.sum().clamp(min=1)
     return _scaled(kept * torch.rsqrt(mean + eps), weight, None)
@@ -62,14 +64,14 @@ def masked_group_norm(
     Args:
         x: [batch, channels, ...].
         groups: number of groups; each loses the same positions.
-        keep: 1 where a channel stays, [channels].
+        keep: 1 where a channel stays, [channels], or [1] for all of them.
         weight: gain, [channels].
         bias: offset, [channels].
         eps: added to the variance.
     """
     tail = (1,) * (x.dim() - 2)
     split = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
-    kept = keep.reshape(1, groups, -1, 1)
+    kept = keep.expand(x.shape[1]).reshape(1, groups, -1, 1)
     count = (kept.sum(2, keepdim=True) * split.shape[-1]).clamp(min=1)
     mean = (split * kept).sum((2, 3), keepdim=True) / count
     centred = (split - mean) * kept
