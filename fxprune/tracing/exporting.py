@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, TraceError
 from fxprune.tracing.layers import traced_layers
+from fxprune.tracing.pooling import TracedPooling
 from fxprune.tracing.sizes import at_sizes, example_sizes
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
                 backed_size_oblivious=True
             ),
             traced_layers(),
+            TracedPooling(),
             torch.inference_mode(False),
             torch.enable_grad(),
             warnings.catch_warnings(),
