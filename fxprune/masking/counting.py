@@ -146,7 +146,7 @@ def _connections(block: Block, masks: Masks, sources: Tensor, alive: Tensor) -> 
         left = left & (mask if block.direct else _mask_of_operand(block, mask)).to(left.device)
     # Arrays may be 1 along a dimension that carries no neurons: each entry stands for several.
     repeats = math.prod(block.shape) // max(1, left.numel())
-    return Count(math.prod(block.shape), int(left.sum()) * repeats)
+    return Count(math.prod(block.shape), int(left.count_nonzero()) * repeats)
 
 
 def _look_up(flags: Tensor, numbers: Tensor) -> Tensor:

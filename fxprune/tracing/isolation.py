@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.errors import TraceError
 from fxprune.randomness import preserved_random_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["Isolation", "constant_parameters", "isolated"]
 
@@ -184,7 +184,7 @@ def isolated(model: nn.Module) -> Iterator[Isolation]:
 
 @contextmanager
 def constant_parameters(model: nn.Module) -> Iterator[None]:
-    """Runs a block on copies of the parameters' values; memory: the parameters once more.
+    """Runs a block after which every parameter is as it was; copies only what is written to.
 
     Raises:
         TraceError: the block succeeded, but forward changed a parameter.
@@ -192,19 +192,59 @@ def constant_parameters(model: nn.Module) -> Iterator[None]:
     # Inference tensors cannot be changed outside inference mode anyway.
     names = {p: n for n, p in model.named_parameters() if not p.is_inference()}
     values = {p: p.data for p in names}
+    originals = _Originals(values.values())
     try:
-        with warnings.catch_warnings():
-            # cuDNN's: the copies of a recurrent layer's weights lie apart.
-            warnings.filterwarnings("ignore", "RNN module weights are not part of single")
-            for parameter, value in values.items():
-                parameter.data = value.clone()
+        with originals:
             yield
-        changed = [names[p] for p, value in values.items() if not _equal(p.data, value)]
+        changed = [names[p] for p, v in values.items() if not _equal(p.data, originals.of(v))]
     finally:
         for parameter, value in values.items():
             parameter.data = value
+        originals.restore()
     if changed:
         raise TraceError(
             f"forward changes its parameters: {', '.join(changed)}. A traced program computes from "
             "them only: do it once before compiling, or on a copy inside forward."
         )
+
+
+class _Originals(TorchDispatchMode):
+    """Copies the values of tensors just before an operation first writes to them."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sharing: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.layout is torch.strided:
+                self._sharing.setdefault(_storage(tensor), []).append(tensor)
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else named.get(argument.name)
+                for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                    self._keep(tensor)
+        return func(*args, **named)
+
+    def _keep(self, written: Any) -> None:
+        if isinstance(written, Tensor) and written.layout is torch.strided:
+            for tensor in self._sharing.pop(_storage(written), ()):
+                self._copies[id(tensor)] = tensor, tensor.clone()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The values that a tensor had."""
+        return self._copies.get(id(tensor), (tensor, tensor))[1]
+
+    def restore(self) -> None:
+        """Puts the values back."""
+        with torch.no_grad():
+            for tensor, original in self._copies.values():
+                tensor.copy_(original)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -96,13 +96,19 @@ def _refuse_unfit(model: nn.Module) -> None:
         if tensor.is_meta:
             raise TraceError(f"{name} is on the meta device and has no values; load weights first.")
         # A buffer may hold infinities on purpose: the mask of an attention.
-        values = tensor.detach()
-        unfit = ~values.isfinite() if isinstance(tensor, nn.Parameter) else values.isnan()
-        if tensor.is_floating_point() and bool(unfit.any()):
+        if tensor.is_floating_point() and not _fit(tensor, isinstance(tensor, nn.Parameter)):
             raise ConfigError(
                 f"{name} holds NaN or infinity; pruning decisions would mean nothing. Repair or "
                 "reload the weights."
             )
+
+
+def _fit(tensor: Tensor, finite: bool) -> bool:
+    """Whether no value is NaN and, if asked for, none infinite; takes no memory of its size."""
+    if not tensor.numel():
+        return True
+    extremes = torch.stack(tensor.detach().aminmax())
+    return not bool((~extremes.isfinite() if finite else extremes.isnan()).any())
 
 
 def own_call(example_inputs: Any) -> Call:
