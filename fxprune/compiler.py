@@ -13,8 +13,6 @@ from fxprune.analysis import Neurons
 from fxprune.archives import save_archive
 from fxprune.contract import Context, Facts, NeuronAnalysis
 from fxprune.errors import ConfigError, FxpruneError
-from fxprune.lowering import OnnxCase, OnnxReport
-from fxprune.lowering import save_onnx as write_onnx
 from fxprune.masking.counting import Count, count
 from fxprune.masking.insertion import insert_masks
 from fxprune.naming import dimension_names, symbol_names
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fxprune.contract import Pass
+    from fxprune.lowering import OnnxCase, OnnxReport
     from fxprune.program import Call
     from fxprune.shrinking.shrink import Shrunk
     from fxprune.training.task import Task
@@ -94,7 +93,9 @@ class Compact:
         reference = program.module()  # in eval mode, whatever mode the user's is in
         with plain_states():
             exported = export_program(program)
-        return write_onnx(
+        from fxprune.lowering import save_onnx  # onnx takes long to import, and memory
+
+        return save_onnx(
             exported,
             reference,
             _onnx_cases(program, reference),
@@ -413,6 +414,8 @@ def _onnx_cases(program: Program, module: nn.Module) -> list[OnnxCase]:
     """The example and three other sizes that the program takes, batch 1 and one step among them."""
     names = symbol_names(program)
     example = example_sizes(program)
+    from fxprune.lowering import OnnxCase
+
     cases: list[OnnxCase] = []
     for sizes in [example, *candidate_sizes(example)]:
         call = at_sizes(program, sizes)
