@@ -64,8 +64,8 @@ def import_program(exported: ExportedProgram, example: Call) -> Program:
         TraceError: it updates buffers or inputs, returns something that is no tensor, or holds
             operations that cannot be analysed.
     """
-    _refuse_mutation(exported)
     exported = functionalize(exported)
+    _refuse_mutation(exported)
     signature = exported.graph_signature
     values = {**exported.state_dict, **exported.constants}
     tensors: dict[str, Tensor] = {}
