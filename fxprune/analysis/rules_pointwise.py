@@ -71,6 +71,13 @@ def plain(w: Walker, node: fx.Node) -> Label:
     return ()
 
 
+def triangle(w: Walker, node: fx.Node) -> Label:
+    """One side of the diagonal: places decide, so whatever neurons there are must stay."""
+    for axis in w.label(node.args[0]):
+        w.ledger.freeze(axis.ids, "cut along a diagonal")
+    return ()
+
+
 def glu(w: Walker, node: fx.Node) -> Label:
     """The first half of a dimension gates the second: position k of both is one neuron."""
     source = node.args[0]
@@ -90,6 +97,9 @@ def prelu(w: Walker, node: fx.Node) -> Label:
     """One slope for all, or one for each channel (dimension 1)."""
     source, slope = node.args[0], node.args[1]
     rank = len(w.shape(node))
+    if max(w.shape(slope), default=1) > 1 and not w.label(slope):  # type: ignore[arg-type]
+        for axis in w.axes_at(source, 1):
+            w.ledger.freeze(axis.ids, "slopes that are computed")
     for axis in w.label(slope):
         shape = [1] * rank
         if rank > 1:
@@ -140,6 +150,9 @@ RULES: dict[str, Any] = {
             "lerp",
             "addcmul",
             "square",
+            "__and__",
+            "__or__",
+            "__xor__",
         ),
         pointwise,
     ),
@@ -166,13 +179,12 @@ RULES: dict[str, Any] = {
             "scalar_tensor",
             "linspace",
             "one_hot",
-            "tril",
-            "triu",
             "sym_size",
             "item",
         ),
         plain,
     ),
+    **dict.fromkeys(("tril", "triu"), triangle),
     "glu": glu,
     "prelu": prelu,
     "_prelu_kernel": prelu,

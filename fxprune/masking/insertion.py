@@ -91,11 +91,16 @@ class _Insertion:
 
     def _gate_block(self, block: Block) -> None:
         if self._touches(block.sources):
-            consumer = self.twins[block.consumer]
-            position = list(block.consumer.args).index(block.operand)
-            operand: Any = consumer.args[position]
-            gated = self._multiply(consumer, operand, block.sources)
-            consumer.update_arg(position, gated)
+            consumer, args = self.twins[block.consumer], list(block.consumer.args)
+            if block.operand in args:
+                position = args.index(block.operand)
+                operand: Any = consumer.args[position]
+                consumer.update_arg(position, self._multiply(consumer, operand, block.sources))
+            else:  # in a list: einsum
+                position = block.consumer.all_input_nodes.index(block.operand)
+                operand = consumer.all_input_nodes[position]
+                gated = self._multiply(consumer, operand, block.sources)
+                consumer.replace_input_with(operand, gated)
 
     def _gate_reader(self, reader: Reader) -> None:
         node, operand = self.twins[reader.node], self.twins[reader.operand]

@@ -89,6 +89,16 @@ def _slice(node: fx.Node, kept: Kept) -> Arguments:
     return (x, dim, new_low, new_low + int(((positions >= low) & (positions < high)).sum()), step)
 
 
+def _narrow(node: fx.Node, kept: Kept) -> Arguments:
+    x, dim, start, length = node.args
+    positions = kept.positions(x, int(dim) % node.meta["val"].dim())  # type: ignore[arg-type]
+    if positions is None:
+        return node.args
+    low = kept.size(start) % _full_size(x, int(dim), kept)  # type: ignore[arg-type]
+    inside = (positions >= low) & (positions < low + kept.size(length))
+    return (x, dim, int((positions < low).sum()), int(inside.sum()))
+
+
 def _bound(value: Any, kept: Kept) -> int | None:
     return None if value is None else kept.size(value)
 
@@ -119,6 +129,7 @@ def _layer_norm(node: fx.Node, kept: Kept) -> Arguments:
 def _repeat(node: fx.Node, kept: Kept) -> Arguments:
     x, repeats = node.args[0], list(node.args[1])  # type: ignore[arg-type]
     rank = node.meta["val"].dim()
+    repeats = [1] * (rank - len(repeats)) + repeats  # tile takes fewer than dimensions
     lead = rank - x.meta["val"].dim()  # type: ignore[union-attr]
     for d in range(rank):
         positions = kept.positions(node, d)
@@ -157,7 +168,7 @@ RULES: dict[str, Callable[[fx.Node, Kept], Arguments]] = {
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
     "unflatten": _unflatten,
     "slice": _slice,
-    "narrow": _slice,
+    "narrow": _narrow,
     "select": _select,
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,

@@ -270,9 +270,10 @@ class _Shrinking:
     def _neurons(self) -> Neurons:
         """The analysis over the smaller program's nodes, for the masks that are left."""
 
-        def small(ids: Tensor) -> Tensor:
+        def small(ids: Tensor, operand: fx.Node) -> Tensor:
+            """An array over an operand loses what the operand lost, be it for other neurons."""
             for d in range(ids.dim()):
-                positions = self._positions((ids,), d)
+                positions = self.positions(operand, d) if ids.shape[d] > 1 else None
                 if positions is not None:
                     ids = ids.index_select(d, positions)
             return ids
@@ -282,13 +283,13 @@ class _Shrinking:
                 b,
                 operand=self.twins[b.operand],
                 consumer=self.twins[b.consumer],
-                sources=small(b.sources),
-                destinations=small(b.destinations),
+                sources=small(b.sources, b.operand),
+                destinations=small(b.destinations, b.operand),
             )
             for b in self.neurons.blocks
         )
         readers = tuple(
-            Reader(self.twins[r.node], self.twins[r.operand], small(r.neurons), r.kind)
+            Reader(self.twins[r.node], self.twins[r.operand], small(r.neurons, r.operand), r.kind)
             for r in self.neurons.readers
             if r.kind != "state"
         )

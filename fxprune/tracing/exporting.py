@@ -13,6 +13,7 @@ import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export import _trace as exporter
+from torch.fx import _symbolic_trace as symbolic_tracer
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, TraceError
@@ -63,6 +64,7 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
             torch.enable_grad(),
             warnings.catch_warnings(),
             _quiet(),
+            _unwrapped_names(),
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(
@@ -97,6 +99,26 @@ def export_program(program: Program) -> ExportedProgram:
         if isinstance(size, int)
     }
     return export(module, call, automatic_shapes(module, call, fixed))
+
+
+@contextmanager
+def _unwrapped_names() -> Iterator[None]:
+    """Takes back names that would break every later trace of the process.
+
+    The code that torch 2.13 writes for a graph with ``torch.sym_min`` asks the next tracer to wrap
+    a global of that name, which no module has.
+    """
+
+    def forget() -> None:
+        wrapped = symbolic_tracer._wrapped_fns_to_patch
+        for key in [key for key in wrapped if "." in key[1]]:
+            del wrapped[key]
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 @contextmanager

@@ -175,6 +175,7 @@ def _import_node(graph: fx.Graph, twins: dict[fx.Node, fx.Node], node: fx.Node) 
         )
     twin = graph.node_copy(node, twins.__getitem__)
     twin.target = _FUNCTIONS.get(node.target, node.target)
+    twin.meta.pop("is_wrapped", None)  # the code that comes of it would break later traces
     return twin
 
 

@@ -179,9 +179,23 @@ def _trace_where_it_agrees(
         wrong = _unusable_symbols(program, model)
         if not wrong:
             return replace(program, refusals=_fixed_dimensions(program, fixed)), steps
-        for symbol, reason in wrong.items():
-            fixed.update(dict.fromkeys(_places(program.inputs, symbol), reason))
+        larger = _larger_call(program, model, wrong)
+        if larger is not None:
+            call = larger
+        else:
+            for symbol, reason in wrong.items():
+                fixed.update(dict.fromkeys(_places(program.inputs, symbol), reason))
         exported = export(model, call, automatic_shapes(model, call, fixed))
+
+
+def _larger_call(program: Program, model: nn.Module, wrong: Mapping[str, str]) -> Call | None:
+    """The call with 2 instead of 1 where a size of 1 may have misled the trace, if the model runs.
+
+    torch takes a size of 1 for broadcasting here and there, whatever it is told.
+    """
+    grown = {s: 2 for s, size in example_sizes(program).items() if size == 1 and s in wrong}
+    call = at_sizes(program, grown)
+    return call if grown and _runs(model, call) else None
 
 
 def _export_freely(model: nn.Module, call: Call, fixed: dict[Place, str]) -> ExportedProgram:
