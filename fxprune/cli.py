@@ -259,3 +259,7 @@ def demo(
 
     check_target(output)
     run(output, say=typer.echo)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

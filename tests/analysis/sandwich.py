@@ -1,0 +1,65 @@
+"""A model around one operation, and what the analysis says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxprune
+from fxprune.analysis import Neurons, analyze
+from fxprune.passes import Magnitude
+from tests.small import frames
+
+__all__ = ["Operation", "Sandwich", "check_exact", "free_neurons", "neurons_of"]
+
+Operation = Callable[[Tensor], Tensor]
+
+WIDTH = 8
+
+
+class Sandwich(nn.Module):
+    """Linear to 8 features, an operation on [batch, 4, 8], Linear from ``width`` to 2."""
+
+    def __init__(self, operation: Operation | nn.Module, width: int = WIDTH) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, WIDTH)
+        self.operation = operation
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [batch, 4, 3] to [..., 2]."""
+        y: Tensor = self.head(self.operation(self.stem(x)))
+        return y
+
+
+def neurons_of(model: nn.Module, *inputs: Any) -> Neurons:
+    """The analysis of a model at these inputs, [2, 4, 3] by default."""
+    return analyze(fxprune.trace(model.eval(), inputs or (frames(2, 4),)))
+
+
+def free_neurons(neurons: Neurons, weight: str = "stem.weight") -> int:
+    """How many of the neurons that a weight produces may be removed."""
+    block = next(b for b in neurons.blocks if b.weight == weight)
+    produced = block.destinations[block.destinations >= 0].unique()
+    return int(neurons.free[produced].sum())
+
+
+def check_exact(model: nn.Module, *inputs: Any, sparsity: float = 0.5) -> fxprune.Compact:
+    """Prunes neurons, and compares compact and masked program at double precision."""
+    inputs = inputs or (frames(2, 4),)
+    wide = pytree.tree_map_only(Tensor, _wide, inputs)
+    compact = fxprune.compile(
+        model.double().eval(), Magnitude(sparsity), example_inputs=wide, progress=False
+    )
+    masked, small = compact.masked(*wide), compact.module(*wide)
+    for a, b in zip(pytree.tree_leaves(masked), pytree.tree_leaves(small), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    return compact
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
