@@ -13,6 +13,7 @@ from fxprune.analysis import Neurons
 from fxprune.archives import save_archive
 from fxprune.contract import Context, Facts, NeuronAnalysis
 from fxprune.errors import ConfigError, FxpruneError
+from fxprune.learning.contract import LearnedPass, Learning, require_agreement, training_steps
 from fxprune.masking.counting import Count, count
 from fxprune.masking.insertion import insert_masks
 from fxprune.naming import dimension_names, symbol_names
@@ -29,6 +30,7 @@ from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size
 from fxprune.tracing.states import plain_states
 from fxprune.tracing.tracer import own_call, trace
 from fxprune.verify import verify_programs
+from fxprune.weights import owned, with_weights_of
 
 if TYPE_CHECKING:
     import os
@@ -107,7 +109,7 @@ class Compact:
 
     def _current(self) -> Program:
         """The program with the weights the module has now, trained further or not."""
-        return _with_weights(self.program, self.module)
+        return with_weights_of(self.program, self.module)
 
     def __repr__(self) -> str:
         before, after = self.report.parameters_before, self.report.parameters_after
@@ -164,7 +166,7 @@ def compile(
         program = as_program(model_or_program, example_inputs, dynamic_shapes)
         program = replace(program, states=chosen.states)
         steps.advance()
-        facts = Facts(program, Context(task, tuple(chosen.protect)))
+        facts = Facts(program, Context(task, tuple(chosen.protect), progress))
         neurons = facts[NeuronAnalysis]
         outcome = run_passes(
             program,
@@ -182,26 +184,50 @@ class Prepared:
     """A model under masks, for a training loop of the user's own.
 
     Attributes:
-        module: train it as any module; masks are part of its forward.
+        module: train it as any module; masks and gates are part of its forward, and what is
+            learned about them is part of its ``state_dict``.
     """
 
     module: fx.GraphModule
     _outcome: Outcome
-    _neurons: Neurons
+    _learning: Learning | None
+    _later: tuple[Pass, ...]
+    _facts: Facts
     _policy: Policy
 
     def penalty(self) -> Tensor:
-        """What to add to the loss; zero unless a pass learns its masks."""
+        """What to add to the loss of each batch; zero unless a pass learns its masks by one."""
+        if self._learning is not None:
+            return self._learning.penalty()
         first = next(self.module.parameters(), None)
         return torch.zeros((), device=None if first is None else first.device)
 
     def step(self) -> None:
-        """To be called after ``optimizer.step()``; fixed masks need nothing."""
+        """To be called after each ``optimizer.step()``; fixed masks need nothing."""
+        if self._learning is not None:
+            with torch.no_grad():
+                self._learning.step()
 
     def convert(self) -> Compact:
-        """The compact program with the weights as they are now."""
-        outcome = self._outcome._replace(program=_with_weights(self._outcome.program, self.module))
-        return _finish(outcome, self._neurons, self._policy, None, lambda: None)
+        """The compact program with masks and weights as they are now.
+
+        Passes that follow the learned one in the policy are applied to what it left.
+
+        Raises:
+            TrainingError: processes that trained together disagree about the masks.
+            VerificationError: compact and masked program differ: a defect.
+        """
+        outcome, neurons = self._outcome, self._facts[NeuronAnalysis]
+        if self._learning is None:
+            trained = with_weights_of(outcome.program, self.module)
+            return _finish(outcome._replace(program=trained), neurons, self._policy, None)
+        hardened = self._learning.harden()
+        require_agreement(hardened)
+        facts = Facts(hardened, self._facts.context, {NeuronAnalysis: neurons})
+        later = run_passes(hardened, self._later, facts=facts)
+        learned = (*outcome.refusals, *self._learning.refusals, *later.refusals)
+        whole = Outcome(later.program, learned, (*outcome.log, *later.log))
+        return _finish(whole, neurons, self._policy, None)
 
 
 def prepare(
@@ -210,8 +236,26 @@ def prepare(
     *,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
+    task: Task | None = None,
+    steps: int | None = None,
 ) -> Prepared:
-    """Masks a model for training in a loop of the user's own; arguments as :func:`compile`.
+    """Puts masks or gates into a model for a training loop of the user's own.
+
+    Add ``prepared.penalty()`` to the loss, call ``prepared.step()`` after ``optimizer.step()``,
+    and ``prepared.convert()`` in the end.
+
+    Args:
+        model_or_program: as for :func:`compile`; so are the next three.
+        policy: one pass at most may learn while the model trains; those before it are applied
+            now, those after it by ``convert``.
+        example_inputs: one call's inputs.
+        dynamic_shapes: as for :func:`fxprune.trace`.
+        task: for passes that look at gradients; nothing is trained here.
+        steps: how many optimizer steps the loop will take, for passes with a schedule; by default
+            as many as the task takes.
+
+    Raises:
+        ConfigError: a pass trains by itself, two passes learn, or the steps are not known.
 
     Example:
         >>> from fxprune.passes import Magnitude
@@ -224,14 +268,56 @@ def prepare(
         26
     """
     chosen = _policy(policy)
+    before, learned, later = _split(chosen.passes)
+    steps = _checked_steps(learned, steps, task)
     program = as_program(model_or_program, example_inputs, dynamic_shapes)
     program = replace(program, states=chosen.states)
-    facts = Facts(program, Context(None, tuple(chosen.protect)))
-    outcome = run_passes(program, chosen.passes, facts=facts)
+    facts = Facts(program, Context(task, tuple(chosen.protect)))
+    outcome = run_passes(program, before, facts=facts)
     neurons = facts[NeuronAnalysis]
-    outcome = outcome._replace(program=_own_tensors(outcome.program))
-    module = insert_masks(outcome.program, neurons).module()
-    return Prepared(module, outcome, neurons, chosen)
+    if learned is None:
+        outcome = outcome._replace(program=owned(outcome.program))
+        module = insert_masks(outcome.program, neurons).module()
+        return Prepared(module, outcome, None, later, facts, chosen)
+    here = Facts(outcome.program, facts.context, {NeuronAnalysis: neurons})
+    learned.requires(outcome.program, here)
+    learning = learned.attach(outcome.program, here, steps)
+    return Prepared(learning.module, outcome, learning, later, here, chosen)
+
+
+def _split(passes: Sequence[Pass]) -> tuple[Sequence[Pass], LearnedPass | None, tuple[Pass, ...]]:
+    """The passes before the one that learns, that one, and those after it."""
+    for pass_ in passes:
+        if pass_.needs_task and not isinstance(pass_, LearnedPass):
+            raise ConfigError(
+                f"pass {pass_.name!r} trains the model itself, so there is nothing to prepare for "
+                "a loop of your own: use fxprune.compile with a task"
+            )
+    at = [i for i, p in enumerate(passes) if isinstance(p, LearnedPass)]
+    if len(at) > 1:
+        first, second = passes[at[0]], passes[at[1]]
+        raise ConfigError(
+            f"passes {first.name!r} and {second.name!r} both learn while the model trains: "
+            "prepare, train and convert for the first, then for the second"
+        )
+    if not at:
+        return passes, None, ()
+    learned = passes[at[0]]
+    assert isinstance(learned, LearnedPass)
+    return passes[: at[0]], learned, tuple(passes[at[0] + 1 :])
+
+
+def _checked_steps(learned: LearnedPass | None, steps: int | None, task: Task | None) -> int:
+    if learned is None:
+        return 0
+    if steps is None and task is not None:
+        return training_steps(task, learned.name)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(
+            f"pass {learned.name!r} follows a schedule over the training: give steps=, the number "
+            f"of optimizer steps that your loop takes, at least 1, not {steps!r}"
+        )
+    return steps
 
 
 def as_program(
@@ -268,30 +354,6 @@ def _shrunk(program: Program) -> bool:
     )
 
 
-def _with_weights(program: Program, module: nn.Module) -> Program:
-    """A program with the weights of its module, brought back to where the program was traced.
-
-    Raises:
-        ConfigError: the module was converted to another precision.
-    """
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    traced = {n.target: n.meta.get("val") for n in program.graph.nodes if n.op == "get_attr"}
-    home = next((v.device for v in traced.values() if v is not None), None)
-    tensors = {}
-    for name, tensor in program.tensors.items():
-        was = traced.get(name)
-        tensors[name] = tensor = state.get(name, tensor)
-        if was is not None and tensor.dtype != was.dtype:
-            raise ConfigError(
-                f"{name} is {tensor.dtype} now, but the program was traced in {was.dtype}. "
-                f"Convert the module back with .to({was.dtype}), or compile the model anew."
-            )
-        if home is not None and tensor.device != home:
-            moved = tensor.detach().to(home)
-            tensors[name] = nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved
-    return replace(program, tensors=tensors)
-
-
 def _policy(policy: Any) -> Policy:
     from fxprune import passes  # the only place where the core looks passes up
 
@@ -305,23 +367,12 @@ def _fine_tuning(neurons: Neurons, task: Task, progress: bool) -> Callable[[Prog
     numbers = itertools.count(1)  # fits that share a checkpoint folder need names of their own
 
     def fine_tune(program: Program) -> Program:
-        owned = _own_tensors(program)
-        module = insert_masks(owned, neurons).module()
+        own = owned(program)
+        module = insert_masks(own, neurons).module()
         fit(module, task, progress=progress, name=f"fine-tune-{next(numbers)}")
-        return _with_weights(owned, module)
+        return with_weights_of(own, module)
 
     return fine_tune
-
-
-def _own_tensors(program: Program) -> Program:
-    def own(tensor: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            copy = tensor.detach().clone()
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(copy, requires_grad=tensor.requires_grad)
-        return copy
-
-    return replace(program, tensors={n: own(t) for n, t in program.tensors.items()})
 
 
 def _finish(
@@ -329,7 +380,7 @@ def _finish(
     neurons: Neurons,
     policy: Policy,
     verify_inputs: Sequence[Any] | None,
-    advance: Callable[[], object],
+    advance: Callable[[], object] = lambda: None,
 ) -> Compact:
     """Shrinks, verifies and reports."""
     program = outcome.program

@@ -90,10 +90,12 @@ class Context:
     Attributes:
         task: how to train and judge the model; None if nothing may train.
         protect: globs over parameter names; see :func:`fxprune.policy.protected`.
+        progress: whether to show progress on a terminal.
     """
 
     task: Task | None = None
     protect: tuple[str, ...] = ()
+    progress: bool = True
 
 
 class Facts:

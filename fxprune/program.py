@@ -126,14 +126,17 @@ class Program:
             tensors={k: v for k, v in tensors.items() if k in used or k in self.tensors},
         )
 
-    def module(self) -> fx.GraphModule:
+    def module(self, parts: Mapping[str, nn.Module] | None = None) -> fx.GraphModule:
         """A module that runs the program, over the program's own tensors.
 
         It takes and returns what the user's model does, switches dropout and batch norm with
         ``train()`` and ``eval()``, and checks the sizes that tracing fixed.
+
+        Args:
+            parts: the modules that the graph calls, by name, such as gates.
         """
         graph, _ = self.copy_graph()
-        root: dict[str, Any] = dict(self.tensors)
+        root: dict[str, Any] = {**self.tensors, **(parts or {})}
         for node in list(graph.nodes):
             if node.name in self.switches:
                 root.update(_make_switchable(graph, node, self))

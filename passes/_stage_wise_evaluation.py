@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from fxprune.training import Task, evaluate
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    pass
 
-__all__ = ["WHERE", "Counts", "Local", "Material", "Pool", "owned"]
+__all__ = ["WHERE", "Counts", "Local", "Material", "Pool"]
 
 WHERE = "validation of a candidate"
 
@@ -131,21 +131,6 @@ class Local:
         with self._pool.take() as buffer:
             buffer.write(self.material, counts)
             return evaluate(buffer.module, self._task, where=WHERE)
-
-
-def owned(program: Program, values: Mapping[str, Tensor] | None = None) -> Program:
-    """The program over tensors of its own, with other values if given."""
-
-    def own(name: str, tensor: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            copy = tensor.detach().clone()
-            if values is not None and name in values:
-                copy.copy_(values[name])
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(copy, requires_grad=tensor.requires_grad)
-        return copy
-
-    return replace(program, tensors={n: own(n, t) for n, t in program.tensors.items()})
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

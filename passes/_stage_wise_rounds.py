@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from fxprune.errors import TrainingError
 from fxprune.masking.insertion import insert_masks
 from fxprune.passes._stage_wise_constraint import Constraint
-from fxprune.passes._stage_wise_evaluation import Counts, Material, owned
+from fxprune.passes._stage_wise_evaluation import Counts, Material
 from fxprune.passes._stage_wise_workers import Evaluator
 from fxprune.progress import track
 from fxprune.randomness import preserved_random_state
 from fxprune.training import fit
 from fxprune.training.checkpoint import Checkpoint, digest
+from fxprune.weights import owned
 
 if TYPE_CHECKING:
     from fxprune.analysis.neurons import Neurons
@@ -91,6 +92,7 @@ class Rounds:
         task: how to train and judge.
         groups: all groups whose ratios are searched.
         stages: which are searched together, in order.
+        progress: show progress on a terminal.
 
     Attributes:
         program: the last recovered model; the one given as long as none is.
@@ -105,8 +107,10 @@ class Rounds:
         task: Task,
         groups: Sequence[RatioGroup],
         stages: Sequence[Stage],
+        progress: bool = True,
     ) -> None:
         self.options, self.neurons, self.task = options, neurons, task
+        self.progress = progress
         self.groups, self.stages = groups, stages
         self.entry = self.program = program
         self.state = State([0] * len(groups))
@@ -210,7 +214,8 @@ class Rounds:
             search.load_state_dict(saved["search"])
         size, done = search.population, search.generation * search.population
         total = search.generations * size
-        with track(f"{self.options.name}: search", total, done=done) as tracker:
+        title = f"{self.options.name}: search"
+        with track(title, total, enabled=self.progress, done=done) as tracker:
             while not search.done:
                 candidates = [self._counts(stage, point) for point in search.ask()]
                 metrics = evaluator(candidates, tracker.advance)
@@ -261,7 +266,9 @@ class Rounds:
         """Trains the weights under a candidate's masks; the best epoch's are kept."""
         program = replace(owned(self.program), masks=self._masks(material.keep(counts)))
         module = insert_masks(program, self.neurons).module()
-        result = fit(module, self.task, name=f"{self._name}-{place}-retrain")
+        result = fit(
+            module, self.task, progress=self.progress, name=f"{self._name}-{place}-retrain"
+        )
         # a buffer that travelled to another device and back is another tensor
         tensors = {**program.tensors, **_named(module.named_buffers(), program)}
         return replace(program, tensors=tensors), result.metric

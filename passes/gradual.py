@@ -19,27 +19,27 @@ Source: Zhu, Gupta, "To prune, or not to prune", https://arxiv.org/abs/1710.0187
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxprune.analysis import ConnectionClass
-from fxprune.contract import Effect, Facts, NeuronAnalysis, Pass, PassResult, check_number
-from fxprune.errors import ConfigError, PreconditionError, TrainingError
+from fxprune.analysis import ConnectionClass, Neurons
+from fxprune.contract import Facts, NeuronAnalysis, check_number
+from fxprune.errors import ConfigError
+from fxprune.learning import LearnedPass, Learning, Schedule
 from fxprune.masking.insertion import insert_masks
-from fxprune.masking.prunable import Weight, find_prunable
+from fxprune.masking.prunable import Prunable, find_prunable
 from fxprune.masking.selection import select_connections
 from fxprune.policy import protected
 from fxprune.program import Program
-from fxprune.training import Task, evaluate, fit
+from fxprune.weights import owned, with_weights_of
 
 __all__ = ["GradualMagnitude"]
 
 
 @dataclass(frozen=True)
-class GradualMagnitude(Pass):
+class GradualMagnitude(LearnedPass):
     """Masks more and more of the smallest connections while the model trains on the task.
 
     Attributes:
@@ -59,11 +59,6 @@ class GradualMagnitude(Pass):
         >>> str(GradualMagnitude(0.9, recurrent=0.8))
         'gradual-magnitude{sparsity=0.9,recurrent=0.8}'
     """
-
-    effect = Effect.LOSSY
-    needs = (NeuronAnalysis,)
-    keeps = frozenset({NeuronAnalysis})
-    needs_task = True
 
     sparsity: float
     feedforward: float | None = None
@@ -96,87 +91,38 @@ class GradualMagnitude(Pass):
                     f"{option!r}: sparsity only grows"
                 )
 
-    def requires(self, program: Program, facts: Facts) -> None:
-        """The schedule needs to know how long the training is.
-
-        Raises:
-            PreconditionError: the task does not tell, or it trains for no step at all.
-        """
-        assert facts.context.task is not None  # the pipeline saw to it
-        if not self._steps(facts.context.task):
-            raise PreconditionError(
-                "the task trains for no step, and masks grow with the steps. Give epochs, or use "
-                "Magnitude to prune without training.",
-                pass_name=self.name,
-            )
-
-    def run(self, program: Program, facts: Facts) -> PassResult:
-        """Trains; replaces the weights and adds to the masks of the program."""
-        task, neurons = facts.context.task, facts[NeuronAnalysis]
-        assert task is not None  # the pipeline saw to it
+    def attach(self, program: Program, facts: Facts, steps: int) -> Learning:
+        """Keeps the smallest connections at 0, more and more of them."""
+        neurons = facts[NeuronAnalysis]
         found = find_prunable(program, neurons, protected(program, neurons, facts.context.protect))
-        module = insert_masks(_own_tensors(program), neurons).module()
-        steps = self._steps(task)
-        begin, end = round(self.start * steps), max(1, round(self.end * steps))
-        growing = _GrowingMasks(module, found.maskable, self, begin, end)
-
-        def metric(trained: nn.Module) -> float:
-            value = evaluate(trained, task)
-            worst = math.inf if task.goal == "min" else -math.inf
-            return value if growing.finished else worst
-
-        fit(
-            module,
-            replace(task, validate=metric, patience=None),
-            after_step=growing.advance,
-            name=str(self),  # which checkpoint: one of another schedule would not fit
-        )
-        if not growing.finished:
-            raise TrainingError(
-                f"no validation after step {end}, where the sparsity is final, gave a finite "
-                "metric: check Task.validate, and that Task.train gives as many batches as its "
-                "length says"
-            )
-        masks = program.masks.cut_connections(growing.masks())
-        trained = replace(program, tensors=_tensors_after(module, program), masks=masks)
-        return PassResult(trained, True, found.kept_weights)
+        return _GrowingMasks(owned(program), neurons, found, self, steps)
 
     def final(self, kind: ConnectionClass) -> float:
         """The sparsity that a class of connections ends at."""
         own: float | None = getattr(self, kind.value)
         return self.sparsity if own is None else own
 
-    def _steps(self, task: Task) -> float:
-        if task.batches is not None:
-            limit = math.inf if task.steps is None else task.steps
-            return min(limit, task.max_epochs * task.batches if task.max_epochs else 0)
-        if task.steps is not None and task.epochs is None:
-            return task.steps
-        raise PreconditionError(
-            "Task.train does not tell how many batches it has, so the schedule cannot be laid "
-            "out. Give Task.steps instead of epochs, or a train with a length.",
-            pass_name=self.name,
-        )
 
-
-class _GrowingMasks:
-    """The masks of one training, kept in buffers of the module so that a resumed fit has them."""
+class _GrowingMasks(Learning):
+    """The masks of one training, kept in buffers of the module."""
 
     def __init__(
         self,
-        module: nn.Module,
-        weights: Sequence[Weight],
+        program: Program,
+        neurons: Neurons,
+        found: Prunable,
         options: GradualMagnitude,
-        begin: int,
-        end: int,
+        steps: int,
     ) -> None:
-        self.module, self.weights, self.options = module, weights, options
-        self.begin, self.end = begin, end
-        module.register_buffer("_gradual_step", torch.zeros((), dtype=torch.int64))
-        for number, weight in enumerate(weights):
-            parameter = module.get_parameter(weight.name)
+        self.program, self.options = program, options
+        self.module = insert_masks(program, neurons).module()
+        self.weights, self.refusals = found.maskable, found.kept_weights
+        self.schedule = Schedule(steps, options.start, options.end)
+        self.module.register_buffer("_gradual_step", torch.zeros((), dtype=torch.int64))
+        for number, weight in enumerate(self.weights):
+            parameter = self.module.get_parameter(weight.name)
             keep = torch.ones_like(parameter, dtype=torch.bool)
-            module.register_buffer(f"_gradual_keep_{number}", keep)
+            self.module.register_buffer(f"_gradual_keep_{number}", keep)
             if parameter.requires_grad:
                 parameter.register_hook(lambda g, n=number: g * self._keep(n))
         self._update()
@@ -184,24 +130,25 @@ class _GrowingMasks:
     @property
     def finished(self) -> bool:
         """Whether the sparsity is final."""
-        return self._step >= self.end
+        return self._step >= self.schedule.last
 
-    def advance(self) -> None:
-        """After each optimizer step: counts it, rebuilds what is due, zeroes what is masked."""
+    def step(self) -> None:
+        """Counts the step, rebuilds what is due, zeroes what is masked."""
         self.module.get_buffer("_gradual_step").add_(1)
         self._update()
 
-    def masks(self) -> dict[str, Tensor]:
-        """The masks as they are, of the weights that lost connections."""
+    def harden(self) -> Program:
+        """The masks as they are, of the weights that lost connections; without the hooks."""
         kept = {w.name: self._keep(i) for i, w in enumerate(self.weights)}
-        return {name: keep for name, keep in kept.items() if not bool(keep.all())}
+        cut = {name: keep for name, keep in kept.items() if not bool(keep.all())}
+        masks = self.program.masks.cut_connections(cut)
+        trained = owned(with_weights_of(self.program, self.module))
+        return replace(trained, masks=masks)
 
     @torch.no_grad()
     def _update(self) -> None:
         step = self._step
-        due = self.begin <= step <= self.end and (
-            (step - self.begin) % self.options.every == 0 or step == self.end
-        )
+        due = self.schedule.due(step, self.options.every)
         for number, weight in enumerate(self.weights):
             parameter = self.module.get_parameter(weight.name)
             if due:
@@ -211,8 +158,8 @@ class _GrowingMasks:
             parameter.mul_(self._keep(number))
 
     def _sparsity(self, step: int, final: float) -> float:
-        done = (step - self.begin) / max(1, self.end - self.begin)
-        return final + (self.options.initial - final) * (1 - done) ** 3 if done < 1 else final
+        left: float = (1 - self.schedule.progress(step)) ** 3
+        return final + (self.options.initial - final) * left if left else final
 
     def _keep(self, number: int) -> Tensor:
         return self.module.get_buffer(f"_gradual_keep_{number}")
@@ -220,24 +167,3 @@ class _GrowingMasks:
     @property
     def _step(self) -> int:
         return int(self.module.get_buffer("_gradual_step"))
-
-
-def _own_tensors(program: Program) -> Program:
-    with torch.inference_mode(False):
-        tensors = {n: _like(t, t.detach().clone()) for n, t in program.tensors.items()}
-    return replace(program, tensors=tensors)
-
-
-def _tensors_after(module: nn.Module, program: Program) -> dict[str, Tensor]:
-    """The program's tensors as the module has them; without the hooks of the training."""
-    state: dict[str, Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    return {n: _like(t, state.get(n, t).detach()) for n, t in program.tensors.items()}
-
-
-def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(value, requires_grad=tensor.requires_grad)
-    return value

@@ -168,7 +168,7 @@ class StageWise(Pass):
             reason = f"no connections of the classes {', '.join(self.classes)} may be removed"
             return PassResult(program, False, (*found.kept_weights, Refusal(self.name, reason)))
         stages = self._stages(groups)
-        rounds = Rounds(self, program, neurons, task, groups, stages)
+        rounds = Rounds(self, program, neurons, task, groups, stages, facts.context.progress)
         rounds()
         refusals = (*found.kept_weights, *self._refusals(rounds, stages))
         return PassResult(rounds.program, rounds.state.recovered > 0, refusals)

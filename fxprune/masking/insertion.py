@@ -8,7 +8,7 @@ boundary reads it instead, that operation gets the neuron as zero, or leaves it 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from fxprune.program import Kind, Program
 if TYPE_CHECKING:
     from fxprune.analysis.neurons import Block, Neurons, Reader
 
-__all__ = ["insert_masks"]
+__all__ = ["MaskInsertion", "insert_masks"]
 
 aten = torch.ops.aten
 
@@ -40,11 +40,11 @@ def insert_masks(program: Program, neurons: Neurons) -> Program:
     """
     if program.masks.empty:
         return replace(program, masks=Masks())
-    return _Insertion.into(program, neurons).run(neurons)
+    return MaskInsertion.into(program, neurons).run(neurons)
 
 
 @dataclass
-class _Insertion:
+class MaskInsertion:
     """One run over one copy of the graph."""
 
     program: Program
@@ -55,7 +55,7 @@ class _Insertion:
     gates: dict[tuple[Any, ...], str]
 
     @classmethod
-    def into(cls, program: Program, neurons: Neurons) -> _Insertion:
+    def into(cls, program: Program, neurons: Neurons) -> Self:
         graph, twins = program.copy_graph()
         cut = torch.zeros(neurons.count, dtype=torch.bool)
         cut[program.masks.neurons] = True
@@ -66,9 +66,9 @@ class _Insertion:
             if not bool(keep.all()):
                 self._mask_weight(name, keep)
         for block in neurons.blocks:
-            self._gate_block(block)
+            self.gate_block(block)
         for reader in neurons.readers:
-            if self._touches(reader.neurons):
+            if self.touches(reader.neurons):
                 self._gate_reader(reader)
         added = {n: Kind.CONSTANT for n in self.tensors if n not in self.program.tensors}
         return replace(
@@ -80,26 +80,32 @@ class _Insertion:
         )
 
     def _mask_weight(self, name: str, keep: Tensor) -> None:
-        node = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == name)
-        weight = self.tensors[name]
+        node, weight = self.weight_node(name), self.tensors[name]
         with self.graph.inserting_after(node):
-            mask = self._constant(keep.to(weight), "mask", node.meta.get("val"))
+            mask = self.constant(keep.to(weight), "mask", node.meta.get("val"))
         with self.graph.inserting_after(mask):
             masked = self.graph.call_function(aten.mul.Tensor, (node, mask))
         masked.meta = dict(node.meta)
         node.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
 
-    def _gate_block(self, block: Block) -> None:
-        if self._touches(block.sources):
+    def weight_node(self, name: str) -> fx.Node:
+        """The node that stands for a tensor of the program."""
+        found: fx.Node = next(
+            n for n in self.graph.nodes if n.op == "get_attr" and n.target == name
+        )
+        return found
+
+    def gate_block(self, block: Block) -> None:
+        if self.touches(block.sources):
             consumer, args = self.twins[block.consumer], list(block.consumer.args)
             if block.operand in args:
                 position = args.index(block.operand)
                 operand: Any = consumer.args[position]
-                consumer.update_arg(position, self._multiply(consumer, operand, block.sources))
+                consumer.update_arg(position, self.multiply(consumer, operand, block.sources))
             else:  # in a list: einsum
                 position = block.consumer.all_input_nodes.index(block.operand)
                 operand = consumer.all_input_nodes[position]
-                gated = self._multiply(consumer, operand, block.sources)
+                gated = self.multiply(consumer, operand, block.sources)
                 consumer.replace_input_with(operand, gated)
 
     def _gate_reader(self, reader: Reader) -> None:
@@ -109,16 +115,15 @@ class _Insertion:
         elif reader.kind in ("reduction", "state"):
             users = [node] if reader.kind == "reduction" else outward_users(operand)
             for user in users:
-                user.replace_input_with(operand, self._multiply(user, operand, reader.neurons))
+                user.replace_input_with(operand, self.multiply(user, operand, reader.neurons))
         else:
             raise DependencyError(
                 f"{reader.node.target} needs neurons that were cut", nodes=(reader.node.name,)
             )
 
     def _normalize(self, node: fx.Node, reader: Reader) -> None:
-        keep = (~self._is_cut(reader.neurons)).reshape(-1)
         with self.graph.inserting_before(node):
-            gate = self._constant(keep.to(self._dtype(node)), "gate", None)
+            gate = self.keep(reader.neurons.reshape(-1), self.dtype(node))
             name = operation_name(node)
             x, *rest = node.args
             if name == "group_norm":
@@ -146,15 +151,18 @@ class _Insertion:
         self.graph.erase_node(node)
         self.twins[reader.node] = masked
 
-    def _multiply(self, before: fx.Node, operand: fx.Node, ids: Tensor) -> fx.Node:
-        keep = (~self._is_cut(ids)).to(self._dtype(operand))
+    def multiply(self, before: fx.Node, operand: fx.Node, ids: Tensor) -> fx.Node:
         with self.graph.inserting_before(before):
-            gate = self._constant(keep, "gate", None)
+            gate = self.keep(ids, self.dtype(operand))
             product = self.graph.call_function(aten.mul.Tensor, (operand, gate))
         product.meta = dict(operand.meta)
         return product
 
-    def _constant(self, value: Tensor, stem: str, meta: Any) -> fx.Node:
+    def keep(self, ids: Tensor, dtype: torch.dtype) -> fx.Node:
+        """A node for which of these neurons are there: 1 or 0, shaped like ``ids``."""
+        return self.constant((~self.is_cut(ids)).to(dtype), "gate", None)
+
+    def constant(self, value: Tensor, stem: str, meta: Any) -> fx.Node:
         """A node for a constant; equal gates are one tensor."""
         key = (
             (stem, tuple(value.shape), value.dtype, value.numpy(force=True).tobytes())
@@ -175,14 +183,14 @@ class _Insertion:
     def _device(self) -> torch.device:
         return next((t.device for t in self.program.tensors.values()), torch.device("cpu"))
 
-    def _dtype(self, node: fx.Node) -> torch.dtype:
+    def dtype(self, node: fx.Node) -> torch.dtype:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             return value.dtype
         return next(t.dtype for t in self.tensors.values() if t.is_floating_point())
 
-    def _is_cut(self, ids: Tensor) -> Tensor:
+    def is_cut(self, ids: Tensor) -> Tensor:
         return (ids >= 0) & self.cut[ids.clamp(min=0)]
 
-    def _touches(self, ids: Tensor) -> bool:
-        return bool(self._is_cut(ids).any())
+    def touches(self, ids: Tensor) -> bool:
+        return bool(self.is_cut(ids).any())

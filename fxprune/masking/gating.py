@@ -1,0 +1,174 @@
+"""Gates and mask modules as nodes of the graph: what learns while the model trains.
+
+A gate module gives two values for every neuron: its *scale*, which multiplies the weights of all
+connections that leave the neuron, and whether it is *whole*, 1 or 0. Where an operation reads the
+neuron other than through a weight (sums, products, normalizations, states at the boundary), and
+where the weight could not take the scale up afterwards (a tied weight that is read both ways, one
+that is rearranged first), the neuron is there or not, but never scaled. So a program can always
+be hardened exactly: scales go into weights, and what is not whole is cut.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.masking.insertion import MaskInsertion
+from fxprune.program import Kind
+
+if TYPE_CHECKING:
+    from fxprune.analysis.neurons import Block, Neurons
+    from fxprune.program import Program
+
+__all__ = ["GATES", "fold_scales", "insert_gates", "mask_module_name", "scaled_blocks"]
+
+GATES = "_gates"
+"""Name of the gate module in a gated program's module."""
+
+
+def mask_module_name(weight: str) -> str:
+    """Name of the module that masks a weight."""
+    return f"_masks_{weight.replace('.', '_')}"
+
+
+def insert_gates(
+    program: Program,
+    neurons: Neurons,
+    *,
+    gated: Tensor | None = None,
+    masked: Collection[str] = (),
+    straight_through: bool = False,
+) -> Program:
+    """The program with its masks as nodes, and calls of modules that gate and mask.
+
+    Args:
+        program: a program whose ``masks`` say what is pruned already.
+        neurons: its analysis.
+        gated: which neurons have a gate, bool [count]; None for none. The module :data:`GATES`
+            gives their values: ``gates() -> (scale, whole)``, each [count + 1], 1 at the end, 1
+            for neurons without a gate, 0 for those cut already.
+        masked: weights that a module of their own masks: ``masks(weight) -> weight``.
+        straight_through: let gradients pass a gate as if it were 1.
+
+    Returns:
+        A program that ``module(parts)`` completes; ``parts`` holds the modules called.
+    """
+    insertion = _GateInsertion.into(program, neurons)
+    insertion.straight_through = straight_through
+    if gated is not None:
+        insertion.add_gates(gated, scaled_blocks(program, neurons))
+    for name in masked:
+        insertion.mask_by_module(name)
+    return insertion.run(neurons)
+
+
+def scaled_blocks(program: Program, neurons: Neurons) -> tuple[Block, ...]:
+    """The blocks whose weight can take up the scales of its source neurons.
+
+    That is a parameter which every operation that uses it reads as it is and with the same source
+    neurons.
+    """
+    uses: dict[str, list[Block]] = {}
+    for block in neurons.blocks:
+        uses.setdefault(block.weight, []).append(block)
+    return tuple(
+        block
+        for weight, blocks in uses.items()
+        if program.kinds.get(weight) is Kind.PARAMETER
+        and all(b.direct and torch.equal(b.sources, blocks[0].sources) for b in blocks)
+        and bool((blocks[0].sources >= 0).any())
+        for block in blocks
+    )
+
+
+def fold_scales(program: Program, neurons: Neurons, scale: Tensor) -> Mapping[str, Tensor]:
+    """The weights that change when the scales of neurons go into them.
+
+    Args:
+        program: the program that was gated; its tensors are left as they are.
+        neurons: its analysis.
+        scale: as the gate module gives it, [count + 1].
+    """
+    folded = {}
+    for block in scaled_blocks(program, neurons):
+        weight = program.tensors[block.weight].detach()
+        gate = scale.to(weight.device)[block.sources.to(weight.device)].to(weight.dtype)
+        if not bool((gate == 1).all()):
+            folded[block.weight] = weight * gate
+    return folded
+
+
+def _gated(x: Tensor, vector: Tensor, neurons: Tensor, straight_through: bool) -> Tensor:
+    """Multiplies by the gates of the neurons that a value belongs to."""
+    product = x * vector[neurons].to(x.dtype)
+    return x + (product - x).detach() if straight_through else product
+
+
+def _picked(vector: Tensor, neurons: Tensor) -> Tensor:
+    return vector[neurons]
+
+
+@dataclass
+class _GateInsertion(MaskInsertion):
+    """One run over one copy of the graph, with gates where there would be constants."""
+
+    gated: Tensor | None = None
+    scaled: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
+    straight_through: bool = False
+    scale: fx.Node | None = None
+    whole: fx.Node | None = None
+
+    def add_gates(self, gated: Tensor, blocks: tuple[Block, ...]) -> None:
+        """Calls the gate module ahead of everything else."""
+        self.gated = gated
+        self.scaled = frozenset((b.consumer, b.operand) for b in blocks)
+        first = next(n for n in self.graph.nodes if n.op != "placeholder")
+        with self.graph.inserting_before(first):
+            both = self.graph.create_node("call_module", GATES)
+            self.scale = self.graph.call_function(operator.getitem, (both, 0))
+            self.whole = self.graph.call_function(operator.getitem, (both, 1))
+
+    def mask_by_module(self, name: str) -> None:
+        """Has a module mask a weight wherever it is used."""
+        node = self.weight_node(name)
+        with self.graph.inserting_after(node):
+            call = self.graph.create_node("call_module", mask_module_name(name), (node,))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+
+    def gate_block(self, block: Block) -> None:
+        """Multiplies by scales where those can go into the weight later."""
+        whole = self.whole
+        if (block.consumer, block.operand) in self.scaled:
+            self.whole = self.scale
+        super().gate_block(block)
+        self.whole = whole
+
+    def multiply(self, before: fx.Node, operand: fx.Node, ids: Tensor) -> fx.Node:
+        """The operand times the gates of these neurons."""
+        if self.gated is None:
+            return super().multiply(before, operand, ids)
+        with self.graph.inserting_before(before):
+            numbers = self.constant(ids, "neurons", None)
+            product = self.graph.call_function(
+                _gated, (operand, self.whole, numbers, self.straight_through)
+            )
+        product.meta = dict(operand.meta)
+        return product
+
+    def keep(self, ids: Tensor, dtype: torch.dtype) -> fx.Node:
+        """A node for which of these neurons are there."""
+        if self.gated is None:
+            return super().keep(ids, dtype)
+        return self.graph.call_function(_picked, (self.whole, self.constant(ids, "neurons", None)))
+
+    def touches(self, ids: Tensor) -> bool:
+        """Whether any of these neurons is cut or has a gate."""
+        if self.gated is None:
+            return super().touches(ids)
+        return super().touches(ids) or bool((self.gated[ids.clamp(min=0)] & (ids >= 0)).any())
