@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
     from fxprune.program import Call, Program
 
-__all__ = ["at_sizes", "candidate_sizes", "example_sizes", "length_inputs", "size_label"]
+__all__ = [
+    "at_sizes",
+    "candidate_sizes",
+    "example_sizes",
+    "length_inputs",
+    "size_label",
+    "squeezed_symbols",
+]
 
 _LENGTHS_ARGUMENT = {recurrent.lstm: 8, recurrent.gru: 6, recurrent.rnn: 6, packing.pad_packed: 1}
 
@@ -34,6 +41,30 @@ def example_sizes(program: Program) -> dict[str, int]:
             if isinstance(symbol, str):
                 sizes.setdefault(symbol, leaf.shape[dim])
     return {s: n for s, n in sizes.items() if s.isidentifier()}
+
+
+def squeezed_symbols(program: Program) -> set[str]:
+    """Symbols of dimensions that the model squeezes and that the example has at size 1.
+
+    There the model's value loses a dimension, at every other size it does not. The trace, which
+    takes no dynamic size for 1, keeps it: its value has the rank of other sizes.
+    """
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+        if schema is not None and schema.name in ("aten::squeeze", "aten::squeeze_"):
+            for size in _squeezed_sizes(node):
+                if isinstance(size, torch.SymInt) and size.node.hint == 1:
+                    found.update(str(symbol) for symbol in size.node.expr.free_symbols)
+    return found
+
+
+def _squeezed_sizes(node: fx.Node) -> list[Any]:
+    """The sizes along the dimensions that a squeeze names; all of them if it names none."""
+    source: Any = node.args[0]
+    shape = source.meta["val"].shape
+    dims: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
+    return [shape[d] for d in ([dims] if isinstance(dims, int) else dims)]
 
 
 def candidate_sizes(example: Mapping[str, int]) -> list[dict[str, int]]:

@@ -17,7 +17,7 @@ from fxprune.tracing.importing import import_program
 from fxprune.tracing.isolation import constant_parameters, isolated
 from fxprune.tracing.layers import guarded_layers
 from fxprune.tracing.modes import Step, compare_modes, steps_of, switchable
-from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes
+from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, squeezed_symbols
 from fxprune.verify import compare_outputs, tolerance_of
 
 if TYPE_CHECKING:
@@ -175,17 +175,26 @@ def _trace_where_it_agrees(
     while True:
         steps = steps_of(exported)
         program = import_program(exported, call)
-        _compare_calls(program, model, call)
-        wrong = _unusable_symbols(program, model)
+        wrong = dict.fromkeys(squeezed_symbols(program), _SQUEEZED)
+        larger = None
         if not wrong:
-            return replace(program, refusals=_fixed_dimensions(program, fixed)), steps
-        larger = _larger_call(program, model, wrong)
+            _compare_calls(program, model, call)
+            wrong = _unusable_symbols(program, model)
+            if not wrong:
+                return replace(program, refusals=_fixed_dimensions(program, fixed)), steps
+            larger = _larger_call(program, model, wrong)
         if larger is not None:
             call = larger
         else:
             for symbol, reason in wrong.items():
                 fixed.update(dict.fromkeys(_places(program.inputs, symbol), reason))
         exported = export(model, call, automatic_shapes(model, call, fixed))
+
+
+_SQUEEZED = (
+    "the model squeezes a size of 1 that comes from it; to let it vary, trace an example in which "
+    "that size is larger"
+)
 
 
 def _larger_call(program: Program, model: nn.Module, wrong: Mapping[str, str]) -> Call | None:

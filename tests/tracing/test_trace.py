@@ -14,7 +14,7 @@ import fxprune
 from fxprune.errors import InputError
 from fxprune.program import Kind
 from fxprune.tracing.tracer import own_call
-from tests.small import PackedTagger, Tagger, TiedModel, frames
+from tests.small import HALF, PackedTagger, Tagger, TiedModel, frames
 
 
 def sizes(program: fxprune.Program, index: int = 0) -> tuple[int | str, ...]:
@@ -75,6 +75,76 @@ def test_sizes_that_the_code_fixes_are_told() -> None:
     assert program.module()(frames(7, 5)).shape == (7, 2)
     with pytest.raises(InputError, match=r"input 'x' has shape \(2, 4, 3\).*\[any, 5, 3\]"):
         program.module()(frames(2, 4))
+
+
+class Squeezed(nn.Module):
+    """Drops dimensions of size 1 between two layers; all of them if no dimension is given."""
+
+    def __init__(self, dim: int | None) -> None:
+        super().__init__()
+        self.stem, self.head, self.dim = nn.Linear(3, 4), nn.Linear(4, 2), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        y: Tensor = self.head(h.squeeze() if self.dim is None else h.squeeze(self.dim))
+        return y
+
+
+def rank_after_squeezing(program: fxprune.Program) -> int:
+    (node,) = [n for n in program.graph.nodes if "squeeze" in str(n.target)]
+    return len(node.meta["val"].shape)
+
+
+@pytest.mark.parametrize("dim", [1, -2, None])
+def test_a_size_of_1_that_is_squeezed_away_is_fixed(dim: int | None) -> None:
+    model = Squeezed(dim)
+    program = fxprune.trace(model, frames(2, 1))
+    assert isinstance(sizes(program)[0], str)
+    assert sizes(program)[1:] == (1, 3)
+    assert rank_after_squeezing(program) == 2
+    (reason,) = [r.reason for r in program.refusals if r.node == "x[1]"]
+    assert "squeezes a size of 1" in reason
+    module = program.module()
+    for x in (frames(2, 1), frames(5, 1)):
+        torch.testing.assert_close(module(x), model(x), rtol=1e-6, atol=1e-6)
+    with pytest.raises(InputError, match=r"\[any, 1, 3\]"):
+        module(frames(2, 3))
+
+
+@pytest.mark.parametrize("dim", [1, -2, None])
+def test_a_larger_size_that_squeeze_leaves_alone_is_free(dim: int | None) -> None:
+    model = Squeezed(dim)
+    program = fxprune.trace(model, frames(2, 3))
+    assert [type(s) for s in sizes(program)] == [str, str, int]
+    assert rank_after_squeezing(program) == 3
+    assert [r.node for r in program.refusals] == ["x[2]"]
+    module = program.module()
+    for x in (frames(2, 3), frames(4, 7), frames(2, 1), frames(1, 1)):
+        torch.testing.assert_close(module(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_size_of_1_that_is_computed_and_squeezed_away_fixes_its_input() -> None:
+    class Filtered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x).squeeze(2)
+            return y
+
+    model = Filtered()
+    program = fxprune.trace(model, torch.ones(2, 3, 4))
+    assert isinstance(sizes(program)[0], str)
+    assert sizes(program)[1:] == (3, 4)
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_neurons_around_a_squeezed_dimension_can_go() -> None:
+    compact = fxprune.compile(Squeezed(1), HALF, example_inputs=frames(2, 1), progress=False)
+    assert compact.module.get_parameter("stem.weight").shape == (2, 3)
+    assert compact.report.verification.sizes == ("example", "batch=4", "batch=1", "batch=3")
 
 
 def test_a_loop_over_steps_fixes_the_time() -> None:
