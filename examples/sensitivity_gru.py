@@ -1,6 +1,7 @@
 """Prune a GRU forecaster in one shot: by weights against their spread, by gradients, by chance.
 
     python -m examples.sensitivity_gru --data PATH [--series lan|los_loop|etth1]
+    python -m examples.sensitivity_gru --table sensitivity_gru.jsonl
 
 For each seed a dense GRU is trained. Then, for each method and sparsity, connections are masked,
 the error on the test windows is taken, the rest is fine-tuned with a fresh optimizer, and the error
@@ -22,23 +23,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
+from examples.result_lines import Run, add_result, markdown, read_results, spread
 from examples.time_series import (
     BATCH,
     READERS,
@@ -57,6 +55,7 @@ from fxprune.training import fit, preserved_random_state
 SPARSITIES = (0.95, 0.98, 0.99, 0.993)
 METHODS = ("std", "gradient", "magnitude", "random")
 UNFLOORED = "gradient-unfloored"  # rows may go empty, as in the original SNIP
+FLOORS = {"persistence": persistence, "linear": linear_forecast}
 HIDDEN = {"lan": 350, "los_loop": 100, "etth1": 100}
 GRADIENT_BATCHES = 32
 
@@ -124,6 +123,10 @@ class Experiment:
     def judge(self, model: nn.Module) -> list[float]:
         """Both test errors, in the unit of the data."""
         return _errors(forecast(model, self.series.test), self.series)
+
+    def run(self, method: str, sparsity: float) -> dict[str, Any]:
+        """The result of a method, of which "dense" is one."""
+        return self.run_dense() if method == "dense" else self.run_pruned(method, sparsity)
 
     def run_dense(self) -> dict[str, Any]:
         """Judges the dense model, and the same trained on as long as pruned ones are."""
@@ -196,26 +199,10 @@ def _errors(predicted: Tensor, series: Series) -> list[float]:
 
 # Results ------------------------------------------------------------------------------------------
 
-Run = Mapping[str, Any]
-
-
-def read_results(path: Path) -> list[Run]:
-    """Reads the runs that were finished; a line cut short by a kill is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def append_result(path: Path, run: Run) -> None:
-    """Adds a run, whole or not at all."""
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(whole + json.dumps(run) + "\n")
-    os.replace(temporary, path)
-
 
 def planned(seeds: int, methods: Sequence[str], sparsities: Sequence[float]) -> Iterator[Run]:
-    """All runs, seed by seed."""
+    """All runs: the simple forecasts, which have no seed, and the rest seed by seed."""
+    yield from ({"seed": 0, "method": m, "sparsity": 0.0} for m in FLOORS)
     for seed in range(seeds):
         yield {"seed": seed, "method": "dense", "sparsity": 0.0}
         for sparsity in sparsities:
@@ -232,56 +219,66 @@ def run_missing(series: Series, setting: Setting, runs: Sequence[Run], path: Pat
     with track("runs", len(runs), done=len(runs) - len(waiting)) as tracker:
         for run in waiting:
             start = time.perf_counter()
-            if experiment is None or experiment.seed != run["seed"]:
-                scratch = path.with_suffix(".dense")
-                experiment = Experiment(series, setting, run["seed"], scratch)
-            if run["method"] == "dense":
-                found = experiment.run_dense()
+            if run["method"] in FLOORS:
+                found = {"after": _errors(FLOORS[run["method"]](series), series)}
             else:
-                found = experiment.run_pruned(run["method"], run["sparsity"])
+                if experiment is None or experiment.seed != run["seed"]:
+                    scratch = path.with_suffix(".dense")
+                    experiment = Experiment(series, setting, run["seed"], scratch)
+                found = experiment.run(run["method"], run["sparsity"])
             seconds = round(time.perf_counter() - start, 1)
-            append_result(path, {"setting": asdict(setting), **run, **found, "seconds": seconds})
+            add_result(path, {"setting": asdict(setting), **run, **found, "seconds": seconds})
             tracker.advance()
 
 
-def result_table(series: Series, setting: Setting, runs: Sequence[Run], path: Path) -> Table:
-    """Mean and deviation over the seeds that are done, and the two simple forecasts."""
-    table = Table(title=f"{setting.series}: test error (RMSE), mean ± deviation over the seeds")
-    for number, head in enumerate("method|asked|removed|seeds|before|after|after (b)".split("|")):
-        table.add_column(head, justify="right" if number else "left", no_wrap=True)
-    results = [r for r in read_results(path) if r["setting"] == asdict(setting)]
-    for method, sparsity in dict.fromkeys((r["method"], r["sparsity"]) for r in runs):
-        found = [r for r in results if (r["method"], r["sparsity"]) == (method, sparsity)]
-        if found:
-            table.add_row(
+HEADS = "method|asked|removed|parameters|seeds|before|after|change|after, batches"
+
+
+def result_table(runs: Sequence[Run]) -> str:
+    """Mean and deviation over the seeds, a row for each method and sparsity, in Markdown.
+
+    Before and after are the test errors around fine-tuning, or around as much more training of the
+    dense model. "change" is the error afterwards minus that of the dense control of the same seed;
+    "batches" the mean of the errors over batches of 32, as the paper reports.
+    """
+    control = {r["seed"]: r["after"][0] for r in runs if r["method"] == "dense"}
+    rows = []
+    for method, sparsity in sorted({_row(r) for r in runs}, key=lambda row: _place(*row)):
+        of = [r for r in runs if _row(r) == (method, sparsity)]
+        floor = method in FLOORS
+        rows.append(
+            [
                 method,
-                f"{sparsity:.1%}",
-                f"{mean(r['removed'] for r in found):.2%}",
-                str(len(found)),
-                _spread([r["before"][0] for r in found]),
-                _spread([r["after"][0] for r in found]),
-                _spread([r["after"][1] for r in found]),
-            )
-    for name, forecasts in (("linear", linear_forecast), ("persistence", persistence)):
-        whole, batches = _errors(forecasts(series), series)
-        table.add_row(name, "", "", "", "", f"{whole:.4f}", f"{batches:.4f}")
-    table.caption = (
-        "before, after: fine-tuning, or as much training of the dense model. (b): mean over "
-        f"batches of {BATCH}, as the paper reports; the rest over all windows at once. linear: "
-        f"least squares on the last 10 values. Every {setting.every}. training window, "
-        f"{setting.epochs} + {setting.fine_tune} epochs."
-    )
-    return table
+                "" if floor else f"{sparsity:.1%}",
+                "" if floor else f"{mean(r['removed'] for r in of):.2%}",
+                f"{mean(r['parameters'] for r in of):,.0f}" if "parameters" in of[0] else "",
+                "" if floor else str(len(of)),
+                "" if floor else spread([r["before"][0] for r in of], ".4f"),
+                spread([r["after"][0] for r in of], ".4f"),
+                "" if floor else spread([r["after"][0] - control[r["seed"]] for r in of], "+.4f"),
+                spread([r["after"][1] for r in of], ".4f"),
+            ]
+        )
+    return markdown(HEADS, rows)
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+def _row(run: Run) -> tuple[str, float]:
+    return run["method"], run["sparsity"]
+
+
+def _place(method: str, sparsity: float) -> tuple[float, int]:
+    """Simple forecasts first, then by sparsity, then by method."""
+    order = ("persistence", "linear", "dense", *METHODS, UNFLOORED)
+    return sparsity, order.index(method)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.table is not None:
+        print(result_table(read_results(options.table)))
+        return 0
     if options.quick:
         options.seeds, options.sparsity, options.hidden = 1, (0.95,), 16
         options.every, options.epochs, options.fine_tune = 40, 1, 1
@@ -293,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         parser.error(str(error))
     run_missing(series, setting, runs, options.out)
-    Console().print(result_table(series, setting, runs, options.out))
+    print(result_table([r for r in read_results(options.out) if r["setting"] == asdict(setting)]))
     return 0
 
 
@@ -304,7 +301,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="a first look: python -m examples.sensitivity_gru --data data --quick",
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder with scgru_lan/, los_loop/ and etth1/")
+    source = parser.add_mutually_exclusive_group(required=True)
+    data_help = "folder with scgru_lan/, los_loop/ and etth1/"
+    source.add_argument("--data", type=Path, help=data_help)
+    source.add_argument("--table", type=Path, help="only show the results in this file")
     out_help = "results file [%(default)s]; the dense weights go to a folder beside it"
     add("--out", type=Path, default=Path("sensitivity_gru.jsonl"), help=out_help)
     add("--series", choices=READERS, default="lan", help="which data [%(default)s]")

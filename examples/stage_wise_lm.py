@@ -1,59 +1,56 @@
 """Prune a 2x200 LSTM language model stage by stage, next to baselines with the same budget.
 
     python -m examples.stage_wise_lm --data PATH [--words] [--seeds 0 1 2] [--quick]
+    python -m examples.stage_wise_lm --table stage_wise_lm.jsonl [--picture stage_wise.png]
 
 Characters of tinyshakespeare, or with ``--words`` the words of the Penn Treebank. For each seed a
 dense model is trained; then every method prunes it:
 
 - joint: ratios of all connection classes together, by negatively correlated search;
 - sequential: class by class, retraining between;
-- mp: one ratio for all weights, by bisection;
-- lmp: one ratio for each layer;
+- mp: one ratio for all weights together, by bisection;
+- lmp: one ratio for each layer, by negatively correlated search;
 - random: as joint, with random search;
-- cma: as joint, with CMA-ES (needs the package cma).
+- cma: as joint, with CMA-ES (needs the package cma);
+- gradual: the sparsity that joint reached, of every weight alike, grown while it trains; no search.
 
-All get as many rounds of retraining, as many epochs in each, and as many evaluations (bisection
-stops when it knows). A search may worsen the perplexity by ``tolerance``; a round whose retrained
-model is worse than dense by more than ``recovery`` ends it, so all end about as good, and the
-question is how sparse. Searches and epochs are judged on a fixed part of the validation text. The
-test text is read once, for the result.
+All have as many epochs of training to spend, and all that search as many evaluations. A search may
+worsen the perplexity by ``tolerance``; a round whose retrained model is worse than dense by more
+than ``recovery`` ends it, so all end about as good, and the question is how sparse. Only gradual
+has the sparsity given, and the question is how good; ``--gradual`` asks it for others. Beside them
+stand the dense model, and the same trained on for as many epochs ("dense, on").
 
-Every run is one line of the results file, written when it is done; a script that was stopped goes
-on behind the last one, and within a run where it was.
+Searches and epochs are judged on a fixed part of the validation text. The test text is read once,
+for the result. Every run is one line of the results file, written when it is done; a script that
+was stopped goes on behind the last one, and within a run where it was.
 
-Source: Li et al., "Evolutionary stage-wise pruning", TNNLS 2022. Reduced here, by default: 5
-rounds of at most 100, 160 evaluations for 800, 2 epochs of retraining for 8; Adam for SGD.
+Source: Li et al., "Evolutionary stage-wise pruning", TNNLS 2022. What is reduced here is in
+``Setting``; the authors have up to 100 rounds of 800 evaluations and 8 epochs, with SGD.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
+import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional
 
 import fxprune
-from fxprune.passes import StageWise
+from examples.language_model import Corpus, LanguageModel, Reader, batches, judge, read_corpus
+from examples.result_lines import Run, add_result, read_results
+from examples.stage_wise_table import CLASSES, draw, table
+from fxprune.contract import Pass
+from fxprune.passes import GradualMagnitude, StageWise
 from fxprune.training import Task, fit, preserved_random_state
 
-Run = dict[str, Any]
-Batch = tuple[Tensor, Tensor, bool]
-"""Tokens and those that follow them, [time, batch], and whether the text begins here."""
-
-CLASSES = ("feedforward", "input", "recurrent")
-METHODS: Mapping[str, Mapping[str, Any]] = {
+SEARCHES: Mapping[str, Mapping[str, Any]] = {
     "joint": {},
     "sequential": {"order": "sequential"},
     "mp": {"grouping": "one", "search": "bisection"},
@@ -61,6 +58,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "random": {"search": "random"},
     "cma": {"search": "cma"},
 }
+METHODS = (*SEARCHES, "gradual")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Setting:
     Attributes:
         text: "characters" or "words".
         width: of the embedding and of both layers.
-        tokens: of the training text used; 0 for all.
+        tokens: of the training text used, from its beginning; 0 for all.
         judged: tokens of the validation text that searches and epochs are judged on.
         batch: parts of a text that are read side by side.
         steps: tokens of each that are read at a time.
@@ -85,136 +83,21 @@ class Setting:
 
     text: str = "characters"
     width: int = 200
-    tokens: int = 0
-    judged: int = 20_000
-    batch: int = 64
+    tokens: int = 300_000
+    judged: int = 10_000
+    batch: int = 32
     steps: int = 64
-    epochs: int = 8
-    retrain: int = 2
-    rounds: int = 3
+    epochs: int = 10
+    retrain: int = 1
+    rounds: int = 6
     population: int = 8
-    generations: int = 20
+    generations: int = 10
     tolerance: float = 0.1
     recovery: float = 0.01
 
 
-WORDS = Setting(text="words", batch=20, steps=35, epochs=6, retrain=1)
+WORDS = Setting(text="words", tokens=0, batch=20, steps=35, epochs=6, rounds=3)
 QUICK = Setting("characters", 16, 20_000, 2_000, 8, 25, 2, 1, 3, 4, 3)
-
-
-class LanguageModel(nn.Module):
-    """Embedding, two LSTM layers, decoder.
-
-    Args:
-        tokens: size of the vocabulary.
-        width: of the embedding and of both layers.
-    """
-
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(tokens, width)
-        self.lstm = nn.LSTM(width, width, num_layers=2)
-        self.decoder = nn.Linear(width, tokens)
-
-    def forward(self, tokens: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score what follows each token.
-
-        Args:
-            tokens: [time, batch].
-            h: hidden states before the first one, [2, batch, width].
-            c: cell states, likewise.
-
-        Returns:
-            Logits [time, batch, vocabulary] and the states after the last token.
-        """
-        y, (h, c) = self.lstm(self.embedding(tokens), (h, c))
-        return self.decoder(y), h, c
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text in token numbers, each part [length], and how many tokens there are."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    vocabulary: int
-
-
-def read_corpus(data: Path, text: str) -> Corpus:
-    """Read a text; characters are split 85 : 5 : 10.
-
-    Raises:
-        FileNotFoundError: with the files that ``--data`` must hold.
-    """
-    if text == "words":
-        parts = [
-            _read(data / f"ptb/ptb.{part}.txt").replace("\n", " <eos> ").split()
-            for part in ("train", "valid", "test")
-        ]
-    else:
-        whole = _read(data / "tinyshakespeare/input.txt")
-        first, second = len(whole) * 85 // 100, len(whole) * 90 // 100
-        parts = [list(whole[:first]), list(whole[first:second]), list(whole[second:])]
-    numbers = {token: i for i, token in enumerate(sorted(set().union(*parts)))}
-    train, validation, test = (torch.tensor([numbers[t] for t in part]) for part in parts)
-    return Corpus(train, validation, test, len(numbers))
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: --data must name a folder that holds tinyshakespeare/input.txt, "
-            "or for --words ptb/ptb.train.txt, ptb.valid.txt and ptb.test.txt"
-        )
-    return path.read_text(encoding="utf-8")
-
-
-def batches(text: Tensor, batch: int, steps: int) -> list[Batch]:
-    """Cut a text into ``batch`` parts that are read side by side, ``steps`` tokens at a time."""
-    length = (len(text) - 1) // batch
-    tokens = text[: length * batch].reshape(batch, length).t().contiguous()
-    targets = text[1 : length * batch + 1].reshape(batch, length).t().contiguous()
-    return [
-        (tokens[i : i + steps], targets[i : i + steps], i == 0) for i in range(0, length, steps)
-    ]
-
-
-class Reader:
-    """Reads batches one after another and carries the states from one to the next.
-
-    ``width`` is that of the model's layers.
-    """
-
-    def __init__(self, width: int) -> None:
-        self._width = width
-        self._states: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [tokens, vocabulary] and what they should name, [tokens]."""
-        tokens, targets, first = batch
-        if first or self._states is None:
-            zeros = torch.zeros(2, tokens.shape[1], self._width, device=tokens.device)
-            self._states = zeros, zeros
-        logits, h, c = model(tokens, *self._states)
-        self._states = h.detach(), c.detach()
-        return logits.flatten(0, 1), targets.flatten()
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy per token of one batch."""
-        return functional.cross_entropy(*self(model, batch))
-
-
-@torch.no_grad()
-def judge(model: nn.Module, text: Sequence[Batch], width: int) -> tuple[float, float]:
-    """Perplexity, and how many tokens are named first, over a text."""
-    read, loss, right, count = Reader(width), 0.0, 0, 0
-    for batch in text:
-        logits, targets = read(model, batch)
-        loss += float(functional.cross_entropy(logits, targets, reduction="sum"))
-        right += int((logits.argmax(1) == targets).sum())
-        count += len(targets)
-    return math.exp(min(loss / count, 700.0)), right / count
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -222,7 +105,9 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=2e-3)
 
 
-def make_task(corpus: Corpus, setting: Setting, seed: int, epochs: int, folder: Path) -> Task:
+def make_task(
+    corpus: Corpus, setting: Setting, seed: int, epochs: int, folder: Path | None
+) -> Task:
     """Training on the text, judged by perplexity on the fixed part of the validation text."""
     train = corpus.train[: setting.tokens or None]
     judged = batches(corpus.validation[: setting.judged], setting.batch, setting.steps)
@@ -239,17 +124,30 @@ def make_task(corpus: Corpus, setting: Setting, seed: int, epochs: int, folder: 
     )
 
 
-def dense_model(corpus: Corpus, setting: Setting, seed: int, folder: Path) -> LanguageModel:
-    """The trained dense model of a seed; training goes on where it was stopped."""
-    with preserved_random_state(seed):
-        model = LanguageModel(corpus.vocabulary, setting.width)
-    fit(model, make_task(corpus, setting, seed, setting.epochs, folder), name="dense")
-    return model.eval()
+@dataclass
+class Spent:
+    """What a run took in this process: epochs of training, and perplexities computed."""
+
+    epochs: float = 0.0
+    evaluations: int = 0
+
+    def counted(self, task: Task) -> Task:
+        """The task; from now on it counts here."""
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            self.epochs += 1 / (task.batches or 1)
+            return task.loss(model, batch)
+
+        def validate(model: nn.Module) -> float:
+            self.evaluations += 1
+            return task.validate(model)
+
+        return replace(task, loss=loss, validate=validate)
 
 
 def policy(method: str, setting: Setting) -> StageWise:
-    """The pass of a method; sequential stages share the rounds."""
-    options = dict(METHODS[method])
+    """The pass of a method that searches; sequential stages share the rounds."""
+    options = dict(SEARCHES[method])
     stages = len(CLASSES) if options.get("order") == "sequential" else 1
     return StageWise(
         setting.tolerance,
@@ -262,132 +160,157 @@ def policy(method: str, setting: Setting) -> StageWise:
     )
 
 
-def prune(
-    dense: LanguageModel, corpus: Corpus, setting: Setting, seed: int, method: str, folder: Path
-) -> Run:
-    """One run: prune the dense model by a method and judge the result on all texts."""
-    began = time.perf_counter()
-    states = torch.zeros(2, 2, setting.width)
-    compact = fxprune.compile(
-        dense,
-        policy(method, setting),
-        example_inputs=(corpus.train[:6].reshape(3, 2), states, states),
-        task=make_task(corpus, setting, seed, setting.retrain, folder / method),
-    )
-    report = compact.report
-    run: Run = {
-        "setting": asdict(setting),
-        "seed": seed,
-        "method": method,
-        "sparsity": report.sparsity,
-        "by_class": {str(kind): count.removed for kind, count in report.by_class.items()},
-        "nonzeros": sum(int(p.count_nonzero()) for p in compact.module.parameters()),
-        "ends": [r.reason for r in report.refusals if r.node.startswith("stage-wise")],
-    }
-    run |= scores(compact.module, corpus, setting)
-    return run | {"seconds": round(time.perf_counter() - began, 1)}
+class Experiment:
+    """One seed: its dense model, and what is done to it.
+
+    Args:
+        corpus: the texts.
+        setting: what is the same for all runs.
+        seed: of weights, training and searches.
+        folder: for checkpoints.
+    """
+
+    def __init__(self, corpus: Corpus, setting: Setting, seed: int, folder: Path) -> None:
+        self.corpus, self.setting, self.seed, self.folder = corpus, setting, seed, folder
+
+    @cached_property
+    def dense(self) -> LanguageModel:
+        """The trained dense model; training goes on where it was stopped."""
+        with preserved_random_state(self.seed):
+            model = LanguageModel(self.corpus.vocabulary, self.setting.width)
+        fit(model, self.task(self.setting.epochs, "dense"), name="dense")
+        return model.eval()
+
+    def task(self, epochs: int, name: str) -> Task:
+        """Training whose checkpoints go to a folder of that name."""
+        return make_task(self.corpus, self.setting, self.seed, epochs, self.folder / name)
+
+    def run_dense(self, epochs: int) -> Run:
+        """The dense model, trained on for so many epochs, as a result."""
+        model = copy.deepcopy(self.dense)
+        fit(model, self.task(epochs, f"dense-{epochs}"), name="dense, trained on")
+        return {
+            "sparsity": 0.0,
+            "by_class": {},
+            "nonzeros": _nonzeros(model),
+            **self.scores(model.eval()),
+        }
+
+    def run_search(self, method: str) -> Run:
+        """Prune by a method that searches."""
+        return self._prune(policy(method, self.setting), self.task(self.setting.retrain, method))
+
+    def run_gradual(self, sparsity: float) -> Run:
+        """Prune to a sparsity by gradual magnitude."""
+        task = self.task(self._epochs, f"gradual-{sparsity:.4f}")
+        return self._prune(GradualMagnitude(sparsity), task)
+
+    def missing(self, methods: Sequence[str], targets: Sequence[float], out: Path) -> None:
+        """Make the runs that the file lacks."""
+        runs: dict[str, Callable[[], Run]] = {
+            "dense": partial(self.run_dense, 0),
+            "dense, on": partial(self.run_dense, self._epochs),
+        }
+        runs |= {m: partial(self.run_search, m) for m in SEARCHES if m in methods}
+        if "gradual" in methods:
+            runs["gradual"] = lambda: self.run_gradual(self._sparsity_of("joint", out))
+        runs |= {f"gradual {s:.1%}": partial(self.run_gradual, s) for s in targets}
+        for method, run in runs.items():
+            if not any(r["method"] == method for r in _of(self.setting, [self.seed], out)):
+                began = time.perf_counter()
+                head = {"setting": asdict(self.setting), "seed": self.seed, "method": method}
+                found = run()
+                seconds = round(time.perf_counter() - began, 1)
+                add_result(out, {**head, **found, "seconds": seconds})
+
+    @property
+    def _epochs(self) -> int:
+        return self.setting.rounds * self.setting.retrain
+
+    def _prune(self, chosen: Pass, task: Task) -> Run:
+        states, spent = torch.zeros(2, 2, self.setting.width), Spent()
+        tokens = self.corpus.train[:6].reshape(3, 2)
+        compact = fxprune.compile(
+            self.dense, chosen, example_inputs=(tokens, states, states), task=spent.counted(task)
+        )
+        report = compact.report
+        return {
+            "policy": str(chosen),
+            "sparsity": report.sparsity,
+            "by_class": {str(kind): count.removed for kind, count in report.by_class.items()},
+            "nonzeros": _nonzeros(compact.module),
+            "ends": [r.reason for r in report.refusals if r.node.startswith("stage-wise")],
+            "spent": {"epochs": round(spent.epochs, 2), "evaluations": spent.evaluations},
+            **self.scores(compact.module),
+        }
+
+    def scores(self, model: nn.Module) -> Run:
+        """Perplexity and accuracy on the whole validation text and on the test text."""
+        found: dict[str, float] = {}
+        for name, text in (("validation", self.corpus.validation), ("test", self.corpus.test)):
+            cut = batches(text, self.setting.batch, self.setting.steps)
+            perplexity, accuracy = judge(model, cut, self.setting.width)
+            found |= {f"{name}_perplexity": perplexity, f"{name}_accuracy": accuracy}
+        return found
+
+    def _sparsity_of(self, method: str, out: Path) -> float:
+        known = _of(self.setting, [self.seed], out)
+        return float(next(r["sparsity"] for r in known if r["method"] == method))
 
 
-def scores(model: nn.Module, corpus: Corpus, setting: Setting) -> Run:
-    """Perplexity and accuracy on the validation text and on the test text."""
-    found: Run = {}
-    for name, text in (("validation", corpus.validation), ("test", corpus.test)):
-        cut = batches(text, setting.batch, setting.steps)
-        perplexity, accuracy = judge(model, cut, setting.width)
-        found |= {f"{name}_perplexity": perplexity, f"{name}_accuracy": accuracy}
-    return found
+def _nonzeros(model: nn.Module) -> int:
+    return sum(int(p.count_nonzero()) for p in model.parameters())
 
 
-# Results ---------------------------------------------------------------------------------------
-
-
-def read_results(path: Path) -> list[Run]:
-    """The runs of a results file; a line that was being written when the script died is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def add_result(path: Path, run: Run) -> None:
-    """Add a run to the file, which holds either all of it or nothing."""
-    lines = [json.dumps(known) for known in [*read_results(path), run]]
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, path)
-
-
-def show(runs: Sequence[Run]) -> Table:
-    """Mean and spread over the seeds, a row for each method."""
-    table = Table(title=f"{runs[0]['setting']['text']}, test text, mean ± standard deviation")
-    for head in ("method", "seeds", "perplexity", "accuracy", "sparsity", *CLASSES, "non-zeros"):
-        table.add_column(head, justify="left" if head == "method" else "right")
-    for method in ("dense", *METHODS):
-        of = [run for run in runs if run["method"] == method]
-        if of:
-            shares = [[run["by_class"].get(kind, 0.0) for run in of] for kind in CLASSES]
-            table.add_row(
-                method,
-                str(len(of)),
-                spread([run["test_perplexity"] for run in of], ".3f"),
-                spread([run["test_accuracy"] for run in of], ".2%"),
-                spread([run["sparsity"] for run in of], ".2%"),
-                *(spread(share, ".2%") for share in shares),
-                spread([run["nonzeros"] for run in of], ",.0f"),
-            )
-    return table
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean, and the standard deviation where there are several."""
-    text = format(mean(values), form)
-    return f"{text} ± {format(stdev(values), form)}" if len(values) > 1 else text
-
-
-def run_all(
-    corpus: Corpus, setting: Setting, seeds: Sequence[int], methods: Sequence[str], out: Path
-) -> list[Run]:
-    """Make the runs that the file lacks; returns all that belong to the setting."""
-    for seed in seeds:
-        folder = out.with_suffix("") / f"{setting.text}-{setting.width}-seed-{seed}"
-        known = {r["method"] for r in _of(setting, [seed], read_results(out))}
-        if known >= {"dense", *methods}:
-            continue
-        dense = dense_model(corpus, setting, seed, folder)
-        if "dense" not in known:
-            nonzeros = sum(int(p.count_nonzero()) for p in dense.parameters())
-            run = {"setting": asdict(setting), "seed": seed, "method": "dense", "sparsity": 0.0}
-            run |= {"by_class": {}, "nonzeros": nonzeros, **scores(dense, corpus, setting)}
-            add_result(out, run)
-        for method in methods:
-            if method not in known:
-                add_result(out, prune(dense, corpus, setting, seed, method, folder))
-    return _of(setting, seeds, read_results(out))
-
-
-def _of(setting: Setting, seeds: Sequence[int], runs: Sequence[Run]) -> list[Run]:
-    return [r for r in runs if r["setting"] == asdict(setting) and r["seed"] in seeds]
+def _of(setting: Setting, seeds: Sequence[int], out: Path) -> list[Run]:
+    return [r for r in read_results(out) if r["setting"] == asdict(setting) and r["seed"] in seeds]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
-    parser.add_argument("--words", action="store_true", help="Penn Treebank, by words")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "cma"]
-    )
-    parser.add_argument("--out", type=Path, default=Path("stage_wise_lm.jsonl"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
+    parser = _parser()
     options = parser.parse_args(arguments)
-    setting = WORDS if options.words else Setting()
-    if options.quick:
-        setting = replace(QUICK, text=setting.text)
-    try:
-        corpus = read_corpus(options.data, setting.text)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    Console().print(show(run_all(corpus, setting, options.seeds, options.methods, options.out)))
+    if options.table is not None:
+        runs = read_results(options.table)
+    else:
+        setting = WORDS if options.words else Setting()
+        if options.quick:
+            setting = replace(QUICK, text=setting.text)
+        try:
+            corpus = read_corpus(options.data, setting.text)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        if "gradual" in options.methods and "joint" not in options.methods:
+            parser.error("--methods: gradual needs joint, whose sparsity it is given")
+        for seed in options.seeds:
+            folder = options.out.with_suffix("") / f"{setting.text}-{setting.width}-seed-{seed}"
+            experiment = Experiment(corpus, setting, seed, folder)
+            experiment.missing(options.methods, options.gradual, options.out)
+        runs = _of(setting, options.seeds, options.out)
+    print(table(runs))
+    if options.picture is not None:
+        draw(runs, options.picture)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder with the texts")
+    source.add_argument("--table", type=Path, help="only show the results in this file")
+    add("--words", action="store_true", help="Penn Treebank, by words")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    searched = [m for m in METHODS if m != "cma"]
+    add("--methods", nargs="*", choices=METHODS, default=searched, help="[all but cma]")
+    add("--gradual", type=float, nargs="+", default=[], help="more sparsities for gradual")
+    out_help = "results file [%(default)s]; checkpoints go to a folder beside it"
+    add("--out", type=Path, default=Path("stage_wise_lm.jsonl"), help=out_help)
+    add("--picture", type=Path, help="draw sparsity and perplexity into this file")
+    add("--quick", action="store_true", help="a tiny model, to see that it works")
+    return parser
 
 
 if __name__ == "__main__":

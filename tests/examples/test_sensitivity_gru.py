@@ -83,19 +83,26 @@ def test_runs_are_kept_and_continued(
     assert run(data, out, *chosen) == 0
     lines = out.read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    assert [(r["method"], r["sparsity"]) for r in found] == [("dense", 0.0), ("gradient", 0.5)]
-    assert 0.5 <= found[1]["removed"] <= 0.75  # connections of units that died count too
-    assert all(len(r["before"]) == len(r["after"]) == 2 for r in found)
+    methods = [(r["method"], r["sparsity"]) for r in found]
+    floors = [("persistence", 0.0), ("linear", 0.0)]
+    assert methods == [*floors, ("dense", 0.0), ("gradient", 0.5)]
+    assert 0.5 <= found[3]["removed"] <= 0.75  # connections of units that died count too
+    assert all(len(r["before"]) == len(r["after"]) == 2 for r in found[2:])
     shown = capsys.readouterr().out
-    assert "gradient" in shown
-    assert "linear" in shown
+    assert sensitivity_gru.main(["--table", str(out)]) == 0
+    assert capsys.readouterr().out == shown
+    rows = [row.split(" | ") for row in shown.splitlines()]
+    names = ["| method", "| ---", "| persistence", "| linear", "| dense", "| gradient"]
+    assert [row[0] for row in rows] == names
+    change = found[3]["after"][0] - found[2]["after"][0]
+    assert rows[5][7] == f"{change:+.4f}"
 
     # Killed while the last run was being written: it alone is done again, with the same result.
-    out.write_text(lines[0] + "\n" + lines[1][:40])
+    out.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
     assert run(data, out, *chosen) == 0
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in found]
-    assert out.read_text().splitlines()[0] == lines[0]
+    assert out.read_text().splitlines()[:3] == lines[:3]
 
 
 def test_every_method_becomes_a_pass() -> None:

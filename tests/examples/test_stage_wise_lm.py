@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from examples import stage_wise_lm as lm
+from examples.result_lines import read_results
+from examples.stage_wise_table import table
 
 
 @pytest.fixture
@@ -16,54 +16,11 @@ def data(tmp_path: Path) -> Path:
     (folder / "tinyshakespeare").mkdir(parents=True)
     text = "to be, or not to be: that is the question.\n" * 60
     (folder / "tinyshakespeare/input.txt").write_text(text)
-    (folder / "ptb").mkdir()
-    for part, lines in (("train", "a b\nb c\n"), ("valid", "c\n"), ("test", "a\n")):
-        (folder / f"ptb/ptb.{part}.txt").write_text(lines)
     return folder
 
 
-def test_characters_are_split_in_order(data: Path) -> None:
-    corpus = lm.read_corpus(data, "characters")
-    whole = torch.cat([corpus.train, corpus.validation, corpus.test])
-    assert [len(corpus.train), len(corpus.validation), len(corpus.test)] == [2193, 129, 258]
-    assert corpus.vocabulary == len(set(whole.tolist())) == 17
-    assert torch.equal(whole[:43], whole[43:86])
-
-
-def test_words_end_their_lines(data: Path) -> None:
-    corpus = lm.read_corpus(data, "words")  # <eos>, a, b, c
-    assert corpus.train.tolist() == [1, 2, 0, 2, 3, 0]
-    assert (corpus.validation.tolist(), corpus.test.tolist()) == ([3, 0], [1, 0])
-
-
-def test_batches_are_read_side_by_side() -> None:
-    cut = lm.batches(torch.arange(15), 2, 3)
-    assert [first for _, _, first in cut] == [True, False, False]
-    assert [tokens[:, 0].tolist() for tokens, _, _ in cut] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [tokens[:, 1].tolist() for tokens, _, _ in cut] == [[7, 8, 9], [10, 11, 12], [13]]
-    assert all(torch.equal(targets, tokens + 1) for tokens, targets, _ in cut)
-
-
-def test_a_text_in_pieces_is_judged_like_the_whole() -> None:
-    model = lm.LanguageModel(7, 5).eval()
-    text = torch.randint(7, (61,))
-    pieces, whole = (lm.judge(model, lm.batches(text, 2, n), 5) for n in (4, 30))
-    assert pieces == pytest.approx(whole, rel=1e-5)
-
-
-def test_a_model_that_knows_nothing_has_the_perplexity_of_chance() -> None:
-    class Chance(nn.Module):
-        def forward(self, tokens: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.zeros(*tokens.shape, 9), h, c
-
-    text = torch.arange(1, 41) % 9
-    perplexity, accuracy = lm.judge(Chance(), lm.batches(text, 1, 10), 4)
-    assert perplexity == pytest.approx(9, rel=1e-6)
-    assert accuracy == pytest.approx(float((text[1:] == 0).float().mean()))
-
-
 def test_methods_have_the_same_budget() -> None:
-    passes = {name: lm.policy(name, lm.Setting()) for name in lm.METHODS}
+    passes = {name: lm.policy(name, lm.Setting()) for name in lm.SEARCHES}
     budgets = {(p.population, p.generations, p.tolerance, p.recovery) for p in passes.values()}
     assert len(budgets) == 1
     stages = {name: 3 if p.order == "sequential" else 1 for name, p in passes.items()}
@@ -82,20 +39,64 @@ def test_missing_data_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_script_keeps_each_run_and_goes_on_behind_the_last(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        lm, "QUICK", lm.Setting("characters", 6, 0, 80, 4, 10, 1, 1, 1, 4, 2, 0.5, 0.5)
-    )
+    quick = lm.Setting("characters", 6, 0, 80, 4, 10, 1, 1, 3, 4, 2, 0.5, 0.5)
+    monkeypatch.setattr(lm, "QUICK", quick)
     out = tmp_path / "runs.jsonl"
     arguments = ["--data", str(data), "--quick", "--seeds", "3", "--out", str(out), "--methods"]
-    assert lm.main([*arguments, "mp"]) == 0
-    dense, mp = lm.read_results(out)
-    assert (dense["method"], mp["method"]) == ("dense", "mp")
-    assert mp["sparsity"] > 0 and mp["nonzeros"] < dense["nonzeros"]
-    assert set(mp["by_class"]) == {"feedforward", "input", "recurrent"}
-    assert mp["test_perplexity"] > 1 and 0 <= mp["test_accuracy"] <= 1
+    assert lm.main([*arguments, "joint"]) == 0
+    dense, trained_on, joint = read_results(out)
+    assert [r["method"] for r in (dense, trained_on, joint)] == ["dense", "dense, on", "joint"]
+    assert joint["sparsity"] > 0 and joint["nonzeros"] < dense["nonzeros"]
+    assert set(joint["by_class"]) == {"feedforward", "input", "recurrent"}
+    assert joint["test_perplexity"] > 1 and 0 <= joint["test_accuracy"] <= 1
+    assert joint["spent"]["epochs"] <= 3
+    searches, epochs = 3 * 4 * 2, 3 * 2  # an epoch is judged before and after
+    assert joint["spent"]["evaluations"] <= 1 + searches + epochs
+
+    # Killed while writing: what was finished stays, and the rest is done.
     with out.open("a") as file:
-        file.write(json.dumps(mp)[:50])  # killed while writing
-    assert lm.main([*arguments, "mp", "lmp"]) == 0
-    assert [r["method"] for r in lm.read_results(out)] == ["dense", "mp", "lmp"]
-    assert lm.read_results(out)[:2] == [dense, mp]
-    assert "lmp" in capsys.readouterr().out
+        file.write(json.dumps(joint)[:50])
+    assert lm.main([*arguments, "joint", "gradual", "--gradual", "0.25"]) == 0
+    *known, gradual, quarter = read_results(out)
+    assert known == [dense, trained_on, joint]
+    assert gradual["sparsity"] == pytest.approx(joint["sparsity"], abs=0.02)
+    assert (quarter["method"], quarter["spent"]["epochs"]) == ("gradual 25.0%", 3)
+    shown = capsys.readouterr().out
+
+    picture = tmp_path / "picture.png"
+    assert lm.main(["--table", str(out), "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_gradual_needs_a_sparsity_to_be_given(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        lm.main(["--data", str(data), "--out", str(tmp_path / "x"), "--methods", "gradual"])
+    assert "gradual needs joint" in capsys.readouterr().err
+
+
+def test_table_compares_with_the_dense_model_of_the_same_seed() -> None:
+    runs = [
+        {
+            "method": method,
+            "seed": seed,
+            "sparsity": 0.5,
+            "by_class": {"input": 0.25},
+            "nonzeros": 1000,
+            "test_perplexity": perplexity,
+            "test_accuracy": 0.5,
+            "spent": {"epochs": 2.0, "evaluations": 7},
+        }
+        for method, seed, perplexity in (
+            ("dense", 0, 2.0),
+            ("mp", 0, 3.0),
+            ("dense", 1, 4.0),
+            ("mp", 1, 6.0),
+        )
+    ]
+    assert table(runs).splitlines()[3] == (
+        "| mp | 2 | 4.500 ± 2.121 | 1.500 ± 0.000 | 50.00% ± 0.00% | 50.00% ± 0.00% "
+        "| 0.0% ± 0.0% | 25.0% ± 0.0% | 0.0% ± 0.0% | 1,000 ± 0 | 2.0 | 7 |"
+    )

@@ -1,0 +1,43 @@
+"""Results of experiments as lines of JSON, a run each, and as tables in Markdown.
+
+A run is written whole or not at all, so a script that was killed goes on behind the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+Run = Mapping[str, Any]
+
+
+def read_results(path: Path) -> list[Run]:
+    """Read the runs that were finished; a line cut short by a kill is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def add_result(path: Path, run: Run) -> None:
+    """Add a run to the file, which holds either all of it or nothing."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(whole + json.dumps(run) + "\n")
+    os.replace(temporary, path)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean, and the sample standard deviation where there are several; ``form`` formats both."""
+    text = format(mean(values), form)
+    return f"{text} ± {format(stdev(values), form)}" if len(values) > 1 else text
+
+
+def markdown(heads: str, rows: Iterable[Sequence[str]]) -> str:
+    """Lay out a table; ``heads`` are separated by bars, all columns but the first flush right."""
+    names = heads.split("|")
+    rule = ["---", *["---:"] * (len(names) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (names, rule, *rows))
