@@ -26,7 +26,7 @@ from fxprune.analysis.neurons import Block, Entry, Group, Neurons, Reader
 from fxprune.analysis.walker import Walker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from fxprune.program import Program
 
@@ -177,11 +177,11 @@ def _blocks(walker: Walker, number: _Numbering) -> tuple[Block, ...]:
     seen: Counter[str] = Counter()
     blocks = []
     for use in walker.uses:
-        seen[use.weight] += 1
-        suffix = f"#{seen[use.weight]}" if seen[use.weight] > 1 else ""
+        name = "+".join(dict.fromkeys(str(root.target) for root in walker.roots(use.operand)))
+        seen[name] += 1
         blocks.append(
             Block(
-                name=use.weight + suffix,
+                name=name if seen[name] == 1 else f"{name}#{seen[name]}",
                 weight=use.weight,
                 operand=use.operand,
                 consumer=use.consumer,
@@ -223,15 +223,18 @@ def _producers(
 ) -> list[tuple[str, Tensor, bool]]:
     """What produces neurons: its name, the neurons, and whether they are recurrent units."""
     recurrent = {n for n, _ in walker.units}
-    producers: list[tuple[str, Tensor, bool]] = []
-    for node, label in walker.labels.items():
-        if node.op == "placeholder":
-            producers.extend((node.name, number(a.ids), False) for a in label)
+    inputs = [n for n in walker.labels if n.op == "placeholder"]
+
+    def entering(nodes: Iterable[fx.Node]) -> list[tuple[str, Tensor, bool]]:
+        return [(n.name, number(a.ids), False) for n in nodes for a in walker.labels[n]]
+
+    producers = entering(n for n in inputs if n not in walker.shrunk)
     for block in blocks:
         projected = block.weight.rpartition(".")[2].startswith("weight_hr")
         unit = block.consumer.name in recurrent and not projected
         producers.append((_producer_name(block.weight), block.destinations, unit))
-    return producers
+    # A state that shrinks with the layer it starts comes last: the layer gives the name.
+    return producers + entering(n for n in inputs if n in walker.shrunk)
 
 
 def _connected(produced: list[Tensor], count: int) -> list[tuple[list[int], Tensor]]:

@@ -67,8 +67,9 @@ class Block:
     """One use of one weight tensor: all connections from its source to its destination neurons.
 
     Attributes:
-        name: the weight's name; further uses of a tied weight end in ``#2``, ``#3``, ...
-        weight: name of the tensor in the program.
+        name: the weight's name, ``a.weight+b.weight`` if it is put together from several; further
+            uses of a tied weight end in ``#2``, ``#3``, ...
+        weight: name of the tensor in the program, the first if the weight is several.
         operand: the node that the operation reads, the weight itself or a rearrangement of it.
         consumer: the operation.
         sources: neuron at the far end of each connection, broadcastable to the operand; all

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxprune
 from fxprune.analysis import Neurons, analyze
@@ -80,6 +82,38 @@ def test_a_tied_weight_has_a_block_for_each_use() -> None:
     assert torch.equal(table.destinations.reshape(-1), decoder.sources.reshape(-1))
 
 
+class Merged(nn.Module):
+    """Runs two linear layers as one, as some inference code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(3, 5, bias=False)
+        self.head = nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps 3 to 2, through both layers and once more."""
+        merged = torch.cat([self.a.weight, self.b.weight])
+        y: Tensor = self.head(F.linear(x, merged).relu() + F.linear(-x, merged))
+        return y
+
+
+def test_a_weight_of_several_parts_names_them_all() -> None:
+    neurons = analyze(fxprune.trace(Merged(), frames()))
+    assert [(b.name, b.weight) for b in neurons.blocks] == [
+        ("a.weight+b.weight", "a.weight"),
+        ("a.weight+b.weight#2", "a.weight"),
+        ("head.weight", "head.weight"),
+    ]
+    compact = check_exact(Merged(), frames())
+    rows = [compact.module.get_parameter(n).shape[0] for n in ("a.weight", "b.weight")]
+    assert sum(rows) == 5
+    assert [block.name for block in compact.report.counts.blocks] == [
+        "a.weight+b.weight",
+        "a.weight+b.weight#2",
+        "head.weight",
+    ]
+
+
 class Chain(nn.Module):
     """Two layers with a sum around the second."""
 
@@ -111,6 +145,32 @@ def test_states_at_the_boundary_are_free() -> None:
     assert torch.equal(entry.neurons.reshape(-1), neurons.group("rnn.l0").neurons)
     (state,) = (r for r in neurons.readers if r.kind == "state")
     assert torch.equal(state.neurons.reshape(-1), neurons.group("rnn.l0").neurons)
+
+
+STATES = torch.zeros(1, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("model", "state"),
+    [
+        (Tagger(nn.LSTM), (STATES, STATES)),
+        (Tagger(nn.GRU), STATES),
+        # One state for both layers: they lose the same units, so they are one group.
+        (Tagger(nn.GRU, num_layers=2), torch.zeros(2, 2, 6)),
+    ],
+    ids=["lstm", "gru", "layers"],
+)
+def test_states_that_shrink_are_called_after_their_layer(model: nn.Module, state: Any) -> None:
+    program = fxprune.trace(model, (frames(), state))
+    neurons = analyze(replace(program, states="shrink"))
+    assert groups(neurons) == [
+        ("x", 3, 0, False),
+        ("stem", 5, 5, False),
+        ("rnn.l0", 6, 6, True),
+        ("head", 2, 0, False),
+    ]
+    ends = {(b.source, b.destination) for b in neurons.blocks if b.weight.startswith("rnn.")}
+    assert ends == {("stem", "rnn.l0"), ("rnn.l0", "rnn.l0")}
 
 
 def test_a_state_that_leads_elsewhere_too_is_an_output_like_any_other() -> None:
