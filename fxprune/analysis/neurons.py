@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
     from fxprune.program import Refusal
 
-__all__ = ["Block", "ConnectionClass", "Entry", "Group", "Neurons", "Reader"]
+__all__ = ["INPUT", "OUTPUT", "Block", "ConnectionClass", "Entry", "Group", "Neurons", "Reader"]
+
+INPUT = "input of the model"
+"""Why the neurons of a model's inputs must stay."""
+
+OUTPUT = "output of the model"
+"""Why the neurons of a model's outputs must stay."""
 
 
 class ConnectionClass(StrEnum):

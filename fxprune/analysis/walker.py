@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.labels import Axis, Ledger
+from fxprune.analysis.neurons import INPUT, OUTPUT
 from fxprune.program import Refusal
 from fxprune.tracing import packing
 from fxprune.tracing.importing import place_of
@@ -145,7 +146,7 @@ class Walker:
         axes = self.fresh_joint(node)
         if node not in self.shrunk:
             for axis in axes:
-                self.ledger.freeze(axis.ids, "input of the model")
+                self.ledger.freeze(axis.ids, INPUT)
         return axes
 
     def _tensor(self, node: fx.Node, weight: bool) -> Label:
@@ -183,7 +184,7 @@ class Walker:
             elif isinstance(result, fx.Node) and result not in self.shrunk:
                 for axis in self.labels[result]:
                     self.read(node, result, axis.ids, "other")
-                    self.ledger.freeze(axis.ids, "output of the model")
+                    self.ledger.freeze(axis.ids, OUTPUT)
 
     def _find_weights(self) -> set[fx.Node]:
         """Tensors that some operation contracts with: their dimensions are rows and columns."""

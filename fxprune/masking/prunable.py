@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxprune.analysis.labels import varying
+from fxprune.analysis.neurons import INPUT, OUTPUT
 from fxprune.program import Kind, Refusal
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class Prunable:
         maskable: those whose connections may be masked: parameters that are not protected.
         candidates: bool [count], neurons that may be removed: free, unprotected, living.
         living: bool [count], neurons that are neither cut nor unread.
-        kept_neurons: why living neurons are no candidates, one entry per group concerned.
+        kept_neurons: why living neurons are no candidates, one entry per group concerned. That
+            what enters and leaves the model stays goes without saying.
         kept_weights: why weights are not maskable.
     """
 
@@ -197,9 +199,16 @@ def _kept_weights(
 
 def _kept_neurons(neurons: Neurons, protection: Protection, living: Tensor) -> tuple[Refusal, ...]:
     kept = []
+    written = {b.destination for b in neurons.blocks}
+    read = {b.source for b in neurons.blocks}
     for group in neurons.groups:
         here = living[group.neurons]
-        stay = int((here & ~group.free).sum())
+        # An input that a layer also writes to (a residual), or an output that layers read as well,
+        # holds neurons back that could go otherwise.
+        expected = (group.reason == INPUT and group.name not in written) or (
+            group.reason == OUTPUT and group.name not in read
+        )
+        stay = 0 if expected else int((here & ~group.free).sum())
         guarded = int((here & group.free & protection.neurons[group.neurons]).sum())
         if stay:
             kept.append(Refusal(group.name, f"{stay} of {group.size} neurons stay: {group.reason}"))

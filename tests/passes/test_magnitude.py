@@ -364,10 +364,24 @@ def test_protected_tensors_and_their_neurons_stay(tagger: Program) -> None:
     assert outcome.refusals == (Refusal("rnn.weight_hh_l0", "protected"),)
 
 
-def test_frozen_groups_are_reported(tagger: Program) -> None:
-    assert prune(tagger, Magnitude(0.5)).refusals == (
+def test_that_inputs_and_outputs_stay_goes_without_saying(tagger: Program) -> None:
+    assert prune(tagger, Magnitude(0.5)).refusals == ()
+
+
+def test_layers_that_are_held_back_are_reported() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.residual, self.hidden = nn.Linear(3, 3), nn.Linear(3, 4)
+            self.shown, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.shown(self.hidden(x + self.residual(x)))
+            return y, self.head(y)
+
+    assert prune(trace(Model(), torch.zeros(2, 3)), Magnitude(0.5)).refusals == (
         Refusal("x", "3 of 3 neurons stay: input of the model"),
-        Refusal("head", "2 of 2 neurons stay: output of the model"),
+        Refusal("shown", "5 of 5 neurons stay: output of the model"),
     )
 
 
