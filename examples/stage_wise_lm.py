@@ -92,7 +92,7 @@ class Setting:
     rounds: int = 6
     population: int = 8
     generations: int = 10
-    tolerance: float = 0.1
+    tolerance: float = 0.3
     recovery: float = 0.01
 
 
