@@ -73,7 +73,7 @@ pyright: $(STAMP) ## Check types once more, with pyright (fetches node where the
 bench: $(BENCH) ## Run the slow tests, then every benchmark script
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(BIN)/python "$$script"; \
+		echo "== $$script"; $(BIN)/python -m "benchmarks.$$(basename "$$script" .py)"; \
 	done
 
 # The tests run from a copy that has no sources beside it, so only the wheel can be imported.

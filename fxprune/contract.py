@@ -50,6 +50,7 @@ __all__ = [
     "PassResult",
     "Refusal",
     "check_choice",
+    "check_count",
     "check_number",
 ]
 
@@ -223,6 +224,20 @@ def check_number(pass_: Pass, option: str, low: float, high: float) -> None:
         limit = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g})"
         raise ConfigError(
             f"option {option!r} of pass {pass_.name!r} must be a number {limit}, not {value!r}"
+        )
+
+
+def check_count(pass_: Pass, option: str, least: int = 1) -> None:
+    """Refuses an option that is not an integer of at least so much.
+
+    Raises:
+        ConfigError: with the option's name, value and range.
+    """
+    value = getattr(pass_, option)
+    if type(value) is not int or value < least:
+        raise ConfigError(
+            f"option {option!r} of pass {pass_.name!r} must be an integer, at least {least}, "
+            f"not {value!r}"
         )
 
 

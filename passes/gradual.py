@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fxprune.analysis import ConnectionClass, Neurons
-from fxprune.contract import Facts, NeuronAnalysis, check_number
+from fxprune.contract import Facts, NeuronAnalysis, check_count, check_number
 from fxprune.errors import ConfigError
 from fxprune.learning import LearnedPass, Learning, Schedule
 from fxprune.masking.insertion import insert_masks
@@ -79,11 +79,7 @@ class GradualMagnitude(LearnedPass):
                 f"options 'start' and 'end' of pass {self.name!r} must be fractions of the "
                 f"training, start <= end <= 1, not {self.start!r} and {self.end!r}"
             )
-        if type(self.every) is not int or self.every < 1:
-            raise ConfigError(
-                f"option 'every' of pass {self.name!r} must be an integer, at least 1, "
-                f"not {self.every!r}"
-            )
+        check_count(self, "every")
         for option in ("sparsity", *given):
             if self.initial > getattr(self, option):
                 raise ConfigError(

@@ -34,12 +34,14 @@ from fxprune.contract import (
     PassResult,
     Refusal,
     check_choice,
+    check_count,
     check_number,
 )
-from fxprune.errors import PreconditionError
+from fxprune.errors import ConfigError
+from fxprune.masking.cutting import SCOPES, cut_connections, cut_neurons, require_free_neurons
 from fxprune.masking.prunable import Prunable, Weight, find_prunable
 from fxprune.masking.scores import neuron_scores, position_scores
-from fxprune.masking.selection import select_connections, select_lowest
+from fxprune.masking.selection import select_lowest
 from fxprune.policy import protected
 
 if TYPE_CHECKING:
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["Magnitude"]
 
 STRUCTURES = ("connection", "row", "column", "neuron")
-SCOPES = ("group", "global", "class")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Magnitude(Pass):
             or each weight, for itself; "class", each connection class (for neurons: recurrent
             ones and the rest); "global", all.
         norm: the power of the magnitudes, 1 (default) or 2.
+        round_to: keep a multiple of so many neurons in each group, more rather than fewer, since
+            kernels are fastest at multiples of 4 or 8; 1 by default. Only for neurons.
 
     Raises:
         ConfigError: an option is out of range.
@@ -80,12 +83,19 @@ class Magnitude(Pass):
     structure: Literal["connection", "row", "column", "neuron"] = "neuron"
     scope: Literal["group", "global", "class"] = "group"
     norm: Literal[1, 2] = 1
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         check_number(self, "sparsity", 0, 1)
         check_choice(self, "structure", STRUCTURES)
         check_choice(self, "scope", SCOPES)
         check_choice(self, "norm", (1, 2))
+        check_count(self, "round_to")
+        if self.round_to > 1 and self.structure != "neuron":
+            raise ConfigError(
+                f"option 'round_to' of pass {self.name!r} rounds numbers of neurons, and "
+                f"structure={self.structure} removes none: leave it out"
+            )
 
     def requires(self, program: Program, facts: Facts) -> None:
         """Where neurons are to go, some neuron must be free to.
@@ -93,62 +103,25 @@ class Magnitude(Pass):
         Raises:
             PreconditionError: every neuron is frozen; with the reasons.
         """
-        neurons = facts[NeuronAnalysis]
-        if self.structure != "neuron" or self.sparsity == 0 or bool(neurons.free.any()):
-            return
-        reasons = "; ".join(f"{g.name}: {g.reason}" for g in neurons.groups[:8])
-        raise PreconditionError(
-            f"no neuron of this model may be removed ({reasons or 'it has none'}). Prune "
-            "connections instead, or give the model a hidden layer.",
-            pass_name=self.name,
-        )
+        if self.structure == "neuron" and self.sparsity > 0:
+            require_free_neurons(facts[NeuronAnalysis], self.name)
 
     def run(self, program: Program, facts: Facts) -> PassResult:
         """Adds to the masks of the program."""
         neurons = facts[NeuronAnalysis]
         found = find_prunable(program, neurons, protected(program, neurons, facts.context.protect))
+        masks = program.masks
         if self.structure == "neuron":
-            masks, refusals = self._cut_neurons(program.masks, found)
+            scores = neuron_scores(found.weights, neurons.count, self.norm)
+            cut, refusals = cut_neurons(found, scores, self.sparsity, self.scope, self.round_to)
+            masks = masks.cut_neurons(cut)
         elif self.structure == "connection":
-            masks, refusals = self._mask_connections(program.masks, found)
+            keep = cut_connections(found.maskable, self.sparsity, self.scope)
+            masks, refusals = masks.cut_connections(keep), found.kept_weights
         else:
-            masks, refusals = self._mask_positions(program.masks, found)
+            masks, refusals = self._mask_positions(masks, found)
         changed = not masks.same_as(program.masks)
         return PassResult(replace(program, masks=masks) if changed else program, changed, refusals)
-
-    def _cut_neurons(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
-        groups = found.neurons.groups
-        group_of = found.neurons.group_of()
-        scores = neuron_scores(found.weights, found.neurons.count, self.norm)
-        able = found.candidates & (group_of >= 0) & scores.isfinite()
-        candidates = able.nonzero().flatten()
-        group = group_of[candidates]
-        recurrent = torch.tensor([g.recurrent for g in groups], dtype=torch.int64)
-        # A group in which some neuron stays anyway needs no floor.
-        staying = found.living & ~able
-        floor = torch.tensor([not bool(staying[g.neurons].any()) for g in groups], dtype=torch.bool)
-        goes, floored = select_lowest(
-            scores[candidates], self._scope(group, recurrent), group, floor, self.sparsity
-        )
-        unscored = found.candidates & ~able
-        refusals = (
-            *found.kept_neurons,
-            *(
-                Refusal(g.name, "some neurons have no finite weights to be judged by")
-                for g in groups
-                if bool(unscored[g.neurons].any())
-            ),
-            *(_floor_refusal(groups[i].name) for i in floored.nonzero().flatten().tolist()),
-        )
-        return masks.cut_neurons(candidates[goes]), refusals
-
-    def _mask_connections(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
-        weights = found.maskable
-        scope = self._scope(torch.arange(len(weights)), _classes(weights)).tolist()
-        for number in sorted(set(scope)):
-            together = [w for w, s in zip(weights, scope, strict=True) if s == number]
-            masks = masks.cut_connections(select_connections(together, self.sparsity))
-        return masks, found.kept_weights
 
     def _mask_positions(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
         weights = found.maskable

@@ -38,6 +38,7 @@ from fxprune.contract import (
     PassResult,
     Refusal,
     check_choice,
+    check_count,
     check_number,
 )
 from fxprune.errors import ConfigError, PreconditionError
@@ -113,11 +114,7 @@ class Sensitivity(Pass):
         check_number(self, "threshold", 0, math.inf)
         check_number(self, "floor", 0, 1)
         check_number(self, "sparsity", 0, 1)
-        if type(self.batches) is not int or self.batches < 1:
-            raise ConfigError(
-                f"option 'batches' of pass {self.name!r} must be an integer, at least 1, "
-                f"not {self.batches!r}"
-            )
+        check_count(self, "batches")
         idle = {"sparsity", "scope"} if self._by_threshold else {"threshold", "floor"}
         if self.criterion == "std":
             idle |= {"batches", "row_floor"}

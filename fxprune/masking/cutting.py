@@ -57,7 +57,7 @@ def cut_connections(weights: Sequence[Weight], sparsity: float, scope: str) -> d
 
 
 def cut_neurons(
-    found: Prunable, scores: Tensor, sparsity: float, scope: str
+    found: Prunable, scores: Tensor, sparsity: float, scope: str, round_to: int = 1
 ) -> tuple[Tensor, tuple[Refusal, ...]]:
     """Chooses the neurons with the lowest scores; one of each group stays.
 
@@ -66,6 +66,8 @@ def cut_neurons(
         scores: float64 [count]; neurons whose score is not finite stay.
         sparsity: the fraction to remove of the candidates that compete.
         scope: see the module.
+        round_to: each group keeps a multiple of so many, where it has them: its best ones that
+            would have gone stay.
 
     Returns:
         The numbers of the neurons that go, and why others stay.
@@ -93,7 +95,23 @@ def cut_neurons(
         )
         for i in floored.nonzero().flatten().tolist()
     ]
-    return candidates[goes], (*found.kept_neurons, *reasons)
+    cut = candidates[goes]
+    if round_to > 1:
+        cut = _rounded(cut, found, scores, round_to)
+    return cut, (*found.kept_neurons, *reasons)
+
+
+def _rounded(cut: Tensor, found: Prunable, scores: Tensor, round_to: int) -> Tensor:
+    """Fewer of the neurons that go, so that every group keeps a multiple or all it has."""
+    goes = torch.zeros(found.neurons.count, dtype=torch.bool)
+    goes[cut] = True
+    for group in found.neurons.groups:
+        own = group.neurons
+        kept = int((found.living[own] & ~goes[own]).sum())
+        going = own[goes[own]]
+        back = going[scores[going].argsort(stable=True, descending=True)][: -kept % round_to]
+        goes[back] = False
+    return goes.nonzero().flatten()
 
 
 def require_free_neurons(neurons: Neurons, pass_name: str) -> None:

@@ -436,3 +436,37 @@ def test_choices_are_checked(options: dict[str, Any]) -> None:
         ConfigError, match=f"option '{next(iter(options))}' of pass 'magnitude' must"
     ):
         Magnitude(0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "round_to", "left"),
+    [
+        (0.5, 1, [3, 3]),  # of the 6 and 5 that there are
+        (0.5, 2, [4, 4]),
+        (0.9, 4, [4, 4]),
+        (0.5, 4, [4, 4]),
+        (0.5, 8, [6, 5]),  # there are no 8
+        (0.0, 4, [6, 5]),
+    ],
+)
+def test_groups_keep_a_multiple(
+    tagger: Program, sparsity: float, round_to: int, left: list[int]
+) -> None:
+    neurons = analysis(tagger)
+    cut = prune(tagger, Magnitude(sparsity, round_to=round_to)).program.masks.neurons
+    exact = prune(tagger, Magnitude(sparsity)).program.masks.neurons
+    groups = [g for g in neurons.groups if bool(g.free.any())]
+    assert [g.size - int(torch.isin(g.neurons, cut).sum()) for g in groups] == left
+    for group in groups:  # what stays beside the exact choice is the best that would have gone
+        scores = {n: slow_score(tagger, neurons, n, 1) for n in group.neurons.tolist()}
+        gone = sorted((n for n in scores if n in exact), key=scores.__getitem__)
+        assert {n for n in scores if n in cut} == set(
+            gone[: len(scores) - left[groups.index(group)]]
+        )
+
+
+def test_only_numbers_of_neurons_are_rounded() -> None:
+    with pytest.raises(ConfigError, match="round_to"):
+        Magnitude(0.5, structure="row", round_to=8)
+    with pytest.raises(ConfigError, match="at least 1"):
+        Magnitude(0.5, round_to=0)
