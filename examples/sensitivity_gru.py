@@ -5,7 +5,8 @@
 
 For each seed a dense GRU is trained. Then, for each method and sparsity, connections are masked,
 the error on the test windows is taken, the rest is fine-tuned with a fresh optimizer, and the error
-is taken again. Beside them stand
+is taken again. "std", "magnitude" and "random" take the same share of each matrix, or nearly;
+"gradient" and "magnitude-global" let all connections compete. Beside them stand
 
 - the dense model, and the same model trained on for as many epochs as fine-tuning takes (without
   that control, more training would pass for the merit of pruning);
@@ -53,7 +54,7 @@ from fxprune.progress import track
 from fxprune.training import fit, preserved_random_state
 
 SPARSITIES = (0.95, 0.98, 0.99, 0.993)
-METHODS = ("std", "gradient", "magnitude", "random")
+METHODS = ("std", "gradient", "magnitude", "magnitude-global", "random")
 UNFLOORED = "gradient-unfloored"  # rows may go empty, as in the original SNIP
 FLOORS = {"persistence": persistence, "linear": linear_forecast}
 HIDDEN = {"lan": 350, "los_loop": 100, "etth1": 100}
@@ -168,6 +169,8 @@ class Experiment:
             )
         if method == "magnitude":
             return Magnitude(sparsity, structure="connection")
+        if method == "magnitude-global":
+            return Magnitude(sparsity, structure="connection", scope="global")
         return RandomPruning(sparsity, structure="connection", seed=self.seed)
 
     def threshold_pass(self, sparsity: float) -> Sensitivity:

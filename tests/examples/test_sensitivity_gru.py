@@ -115,6 +115,7 @@ def test_every_method_becomes_a_pass() -> None:
     assert [str(experiment.choose(m, 0.9)) for m in methods] == [
         "sensitivity{criterion=gradient,sparsity=0.9,scope=global,batches=32}",
         "magnitude{sparsity=0.9,structure=connection}",
+        "magnitude{sparsity=0.9,structure=connection,scope=global}",
         "random-pruning{sparsity=0.9,structure=connection,seed=3}",
         "sensitivity{criterion=gradient,sparsity=0.9,scope=global,batches=32,row_floor=false}",
     ]
