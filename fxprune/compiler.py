@@ -21,6 +21,7 @@ from fxprune.pipeline import Outcome, run_passes
 from fxprune.policy import Policy, as_policy
 from fxprune.program import InputSpec, Kind, Program, Refusal
 from fxprune.progress import track
+from fxprune.rebuilding import rebuild
 from fxprune.report import Report
 from fxprune.shrinking.compact import compact_program
 from fxprune.shrinking.fold import fold_constants
@@ -106,6 +107,21 @@ class Compact:
             dimension_names=dimension_names(program),
             opset=opset,
         )
+
+    def rebuild(self, model: nn.Module) -> nn.Module:
+        """A copy of the user's module with the compact sizes and weights.
+
+        For code that needs plain ``nn.LSTM``, ``nn.GRU`` and the like; see
+        :mod:`fxprune.rebuilding` for where that is possible.
+
+        Args:
+            model: the module that was compiled; it stays as it is.
+
+        Raises:
+            PreconditionError: a layer cannot have the sizes that were left.
+            VerificationError: the module's code depends on sizes that went.
+        """
+        return rebuild(self._current(), model)
 
     def _current(self) -> Program:
         """The program with the weights the module has now, trained further or not."""
