@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.analysis.walker import operation_name
 from fxprune.masking.insertion import MaskInsertion
 from fxprune.program import Kind
 
@@ -25,10 +26,29 @@ if TYPE_CHECKING:
     from fxprune.analysis.neurons import Block, Neurons
     from fxprune.program import Program
 
-__all__ = ["GATES", "fold_scales", "insert_gates", "mask_module_name", "scaled_blocks"]
+__all__ = [
+    "GATES",
+    "fold_scales",
+    "insert_gates",
+    "mask_module_name",
+    "masked_straight_through",
+    "scaled_blocks",
+]
 
 GATES = "_gates"
 """Name of the gate module in a gated program's module."""
+
+
+_WEIGHTS: Mapping[str, int] = {
+    "linear": 1,
+    "matmul": 1,
+    "mm": 1,
+    **{f"conv{way}{n}d": 1 for way in ("", "_transpose") for n in (1, 2, 3)},
+    **{cell: 2 for cell in ("gru", "rnn", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")},
+    "lstm": 3,
+    "lstm_cell": 2,
+}
+"""Position of the weight that multiplies an operation's first argument."""
 
 
 def mask_module_name(weight: str) -> str:
@@ -43,6 +63,7 @@ def insert_gates(
     gated: Tensor | None = None,
     masked: Collection[str] = (),
     straight_through: bool = False,
+    values: bool = False,
 ) -> Program:
     """The program with its masks as nodes, and calls of modules that gate and mask.
 
@@ -53,13 +74,20 @@ def insert_gates(
             gives their values: ``gates() -> (scale, whole)``, each [count + 1], 1 at the end, 1
             for neurons without a gate, 0 for those cut already.
         masked: weights that a module of their own masks: ``masks(weight) -> weight``.
-        straight_through: let gradients pass a gate as if it were 1.
+        straight_through: the gate module gives a third vector, of where gradients pass as if the
+            gate were 1: ``gates() -> (scale, whole, through)``; see
+            :func:`masked_straight_through`.
+        values: of a product of a weight and a value, gate the value rather than the weight, where
+            the value is at hand. It comes to the same, unless gradients go straight through: then
+            those of the weights that feed a neuron arrive, instead of those that it feeds. Scales
+            must be 0 or 1.
 
     Returns:
         A program that ``module(parts)`` completes; ``parts`` holds the modules called.
     """
     insertion = _GateInsertion.into(program, neurons)
     insertion.straight_through = straight_through
+    insertion.values = neurons.labels if values else {}
     if gated is not None:
         insertion.add_gates(gated, scaled_blocks(program, neurons))
     for name in masked:
@@ -103,10 +131,33 @@ def fold_scales(program: Program, neurons: Neurons, scale: Tensor) -> Mapping[st
     return folded
 
 
-def _gated(x: Tensor, vector: Tensor, neurons: Tensor, straight_through: bool) -> Tensor:
+def masked_straight_through(x: Tensor, keep: Tensor, through: Tensor) -> Tensor:
+    """``x * keep``, whose gradient is that of ``x`` where ``through`` is 1, though ``keep`` be 0.
+
+    Args:
+        x: any values.
+        keep: 0 or 1, broadcastable to ``x``, of its type.
+        through: 0 or 1, likewise. Where it is 0, the gradient is that of ``x * keep``.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> masked_straight_through(x, torch.tensor([1.0, 0.0]), torch.ones(1))
+        tensor([1., 0.], grad_fn=<SubBackward0>)
+        >>> masked_straight_through(x, torch.tensor([1.0, 0.0]), torch.ones(1)).sum().backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+    out = (1 - keep) * through
+    return x * (keep + out) - (x * out).detach()
+
+
+def _gated(x: Tensor, vector: Tensor, neurons: Tensor) -> Tensor:
     """Multiplies by the gates of the neurons that a value belongs to."""
-    product = x * vector[neurons].to(x.dtype)
-    return x + (product - x).detach() if straight_through else product
+    return x * vector[neurons].to(x.dtype)
+
+
+def _gated_straight_through(x: Tensor, vector: Tensor, neurons: Tensor, through: Tensor) -> Tensor:
+    return masked_straight_through(x, vector[neurons].to(x.dtype), through[neurons].to(x.dtype))
 
 
 def _picked(vector: Tensor, neurons: Tensor) -> Tensor:
@@ -120,8 +171,10 @@ class _GateInsertion(MaskInsertion):
     gated: Tensor | None = None
     scaled: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     straight_through: bool = False
+    values: Mapping[fx.Node, tuple[Tensor, ...]] = field(default_factory=dict)
     scale: fx.Node | None = None
     whole: fx.Node | None = None
+    through: fx.Node | None = None
 
     def add_gates(self, gated: Tensor, blocks: tuple[Block, ...]) -> None:
         """Calls the gate module ahead of everything else."""
@@ -132,6 +185,8 @@ class _GateInsertion(MaskInsertion):
             both = self.graph.create_node("call_module", GATES)
             self.scale = self.graph.call_function(operator.getitem, (both, 0))
             self.whole = self.graph.call_function(operator.getitem, (both, 1))
+            if self.straight_through:
+                self.through = self.graph.call_function(operator.getitem, (both, 2))
 
     def mask_by_module(self, name: str) -> None:
         """Has a module mask a weight wherever it is used."""
@@ -143,11 +198,37 @@ class _GateInsertion(MaskInsertion):
 
     def gate_block(self, block: Block) -> None:
         """Multiplies by scales where those can go into the weight later."""
+        axes = self._axes_of_value(block)
+        if axes:
+            consumer = self.twins[block.consumer]
+            for ids in axes:
+                value: Any = consumer.args[0]
+                consumer.update_arg(0, self.multiply(consumer, value, ids))
+            return
         whole = self.whole
         if (block.consumer, block.operand) in self.scaled:
             self.whole = self.scale
         super().gate_block(block)
         self.whole = whole
+
+    def _axes_of_value(self, block: Block) -> tuple[Tensor, ...]:
+        """Where the gated neurons of a block lie in the value that its weight multiplies.
+
+        None, if they do not all lie in a value that is multiplied with this weight and read by
+        nothing else in the operation.
+        """
+        if not self.values:
+            return ()
+        args, value = block.consumer.args, block.consumer.args[0]
+        weights = [i for i, arg in enumerate(args) if arg is block.operand]
+        if weights != [_WEIGHTS.get(operation_name(block.consumer))] or value is block.operand:
+            return ()
+        axes = self.values.get(value, ()) if isinstance(value, fx.Node) else ()
+        axes = tuple(torch.where(torch.isin(a, block.sources), a, -1) for a in axes)
+        axes = tuple(a for a in axes if self.touches(a))
+        wanted = block.sources[self._touched(block.sources)]
+        found = torch.cat([a.reshape(-1) for a in axes]) if axes else wanted[:0]
+        return axes if bool(torch.isin(wanted, found).all()) else ()
 
     def multiply(self, before: fx.Node, operand: fx.Node, ids: Tensor) -> fx.Node:
         """The operand times the gates of these neurons."""
@@ -155,8 +236,12 @@ class _GateInsertion(MaskInsertion):
             return super().multiply(before, operand, ids)
         with self.graph.inserting_before(before):
             numbers = self.constant(ids, "neurons", None)
-            product = self.graph.call_function(
-                _gated, (operand, self.whole, numbers, self.straight_through)
+            product = (
+                self.graph.call_function(_gated, (operand, self.whole, numbers))
+                if self.through is None
+                else self.graph.call_function(
+                    _gated_straight_through, (operand, self.whole, numbers, self.through)
+                )
             )
         product.meta = dict(operand.meta)
         return product
@@ -169,6 +254,8 @@ class _GateInsertion(MaskInsertion):
 
     def touches(self, ids: Tensor) -> bool:
         """Whether any of these neurons is cut or has a gate."""
-        if self.gated is None:
-            return super().touches(ids)
-        return super().touches(ids) or bool((self.gated[ids.clamp(min=0)] & (ids >= 0)).any())
+        return bool(self._touched(ids).any())
+
+    def _touched(self, ids: Tensor) -> Tensor:
+        cut = self.is_cut(ids)
+        return cut if self.gated is None else cut | (self.gated[ids.clamp(min=0)] & (ids >= 0))

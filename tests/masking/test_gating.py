@@ -7,17 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.analysis import Neurons, analyze
-from fxprune.masking.gating import GATES, fold_scales, insert_gates, mask_module_name
+from fxprune.masking.gating import GATES, fold_scales, insert_gates
 from fxprune.masking.insertion import insert_masks
 from fxprune.masking.masks import Masks
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 from fxprune.weights import like
 from tests.laws import assert_same, at_precision
-from tests.zoo import ZOO, ZooModel, by_name
+from tests.zoo import ZOO, ZooModel
 
 MODELS = [pytest.param(model, id=model.name) for model in ZOO]
 
@@ -65,3 +64,17 @@ def test_hardened_gates_compute_what_the_gates_did(model: ZooModel) -> None:
         assert tensor is program.tensors[name]
     inputs = at_precision(model.inputs(model.batch, model.time), torch.float64)
     assert_same(gated, hard, inputs, 1e-12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gates_on_values_compute_what_gates_on_weights_do(model: ZooModel) -> None:
+    program, neurons = analysed(model)
+    scale = torch.ones(neurons.count, dtype=torch.float64)
+    scale[some_cut(neurons)] = 0.0
+    gates = {GATES: Fixed(scale)}
+    on_weights, on_values = (
+        insert_gates(program, neurons, gated=neurons.free, values=values).module(gates)
+        for values in (False, True)
+    )
+    inputs = at_precision(model.inputs(model.batch, model.time), torch.float64)
+    assert_same(on_weights, on_values, inputs, 1e-12)
