@@ -101,6 +101,7 @@ class Budget(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the state, which stays in double precision."""
+        state = self.state.clone()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.state = self.state.double()
+        self.state = state.to(self.state.device)
         return self

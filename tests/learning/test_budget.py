@@ -48,26 +48,26 @@ def importance(seed: int, scale: float) -> Tensor:
     return scale * torch.rand(200, generator=generator, dtype=torch.float64) ** 4
 
 
-@pytest.mark.parametrize("target", [0.5, 0.2, 0.1, 0.05])
-@pytest.mark.parametrize("scale", [0.001, 0.1, 10.0])
+@pytest.mark.parametrize("target", [0.5, 0.05])
+@pytest.mark.parametrize("scale", [0.001, 10.0])
 def test_a_cost_lands_at_its_target_and_stays(target: float, scale: float) -> None:
     """Gates of different worth: the worth lost and the penalty, descended together."""
     worth = importance(0, scale)
     logits = torch.full((200,), 2.0, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.05)
-    budget = Budget(target, steps=300)
+    optimizer = torch.optim.Adam([logits], lr=0.075)
+    budget = Budget(target, steps=200)
     costs = []
-    for step in range(450):
+    for step in range(300):
         present = logits.sigmoid()
         fraction = present.mean() ** 2
         loss = -(worth * present).mean() + budget.penalty(fraction)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        budget.update(fraction.detach(), min(1.0, (step + 1) / 300))
+        budget.update(fraction.detach(), min(1.0, (step + 1) / 200))
         costs.append(float(fraction.detach()) / target)
     assert 0.95 < costs[-1] < 1.015
-    assert max(costs[-75:]) - min(costs[-75:]) < 0.05
+    assert max(costs[-50:]) - min(costs[-50:]) < 0.05
 
 
 def test_state_resumes_and_keeps_its_precision() -> None:
