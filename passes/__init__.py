@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fxprune.contract import Pass
 
 if TYPE_CHECKING:
+    from fxprune.passes.connectivity import SparseConnectivity
     from fxprune.passes.gradual import GradualMagnitude
     from fxprune.passes.magnitude import Magnitude
     from fxprune.passes.random_pruning import RandomPruning
@@ -22,6 +23,7 @@ __all__ = [
     "Magnitude",
     "RandomPruning",
     "Sensitivity",
+    "SparseConnectivity",
     "StageWise",
     "load",
     "names",
@@ -33,6 +35,7 @@ PASSES: Mapping[str, str] = {
     "gradual-magnitude": "fxprune.passes.gradual:GradualMagnitude",
     "random-pruning": "fxprune.passes.random_pruning:RandomPruning",
     "sensitivity": "fxprune.passes.sensitivity:Sensitivity",
+    "sparse-connectivity": "fxprune.passes.connectivity:SparseConnectivity",
     "stage-wise": "fxprune.passes.stage_wise:StageWise",
 }
 """Where each pass is, by its text name; imported when it is asked for."""

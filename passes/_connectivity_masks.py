@@ -1,0 +1,237 @@
+"""Masks behind a unit step, and the features that their gradients are normalized by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from fxprune.learning import MaskVariables
+
+if TYPE_CHECKING:
+    from fxprune.analysis.neurons import Neurons
+    from fxprune.masking.prunable import Weight
+
+__all__ = ["ESTIMATORS", "ConnectionMask", "Partition", "open_connections", "partition"]
+
+ESTIMATORS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda m: m.new_ones(()),
+    "softplus": torch.sigmoid,
+    "leaky_relu": lambda m: torch.where(m > 0, 1.0, 0.1).to(m),
+}
+"""g'(m), which stands for the slope of the unit step. Positive, so that what is off can return."""
+
+EPSILON = 1e-12
+"""Added to the norm of a feature's gradient."""
+
+ON = 1e-6
+"""Where a variable is put that must be on: just above 0."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the connections of a weight share mask variables, and those features.
+
+    A row is a position along the dimensions of the weight that destinations lie along.
+
+    Attributes:
+        rows: shape of one number per row, broadcastable to the weight.
+        filters: which variable each row belongs to, int64 [rows]; None if each connection has
+            a variable of its own.
+        features: which feature each row belongs to, or each variable of filters, int64.
+        sizes: how many connections that are not masked already each variable masks, shaped like
+            the variables; None for one each.
+    """
+
+    rows: tuple[int, ...]
+    filters: Tensor | None
+    features: Tensor
+    sizes: Tensor | None
+
+
+def partition(weight: Weight, neurons: Neurons, structure: str, feature: str) -> Partition:
+    """Divides up a weight, by its first use where it is tied.
+
+    Args:
+        weight: the weight.
+        neurons: the analysis of its program.
+        structure: "connection" or "filter".
+        feature: "row" for outputs of their own, "unit" for all rows of a destination neuron.
+    """
+    size = weight.tensor.shape
+    rows = tuple(n if d in weight.output_dims else 1 for d, n in enumerate(size))
+    units = _units(weight, neurons, rows)
+    outputs = units if feature == "unit" else torch.arange(len(units))
+    open_ = open_connections(weight)
+    if structure == "connection":
+        return Partition(rows, None, outputs, None if bool(open_.all()) else open_)
+    counts = open_.long().sum_to_size(rows).flatten()
+    sizes = torch.zeros(int(outputs.max()) + 1, dtype=torch.int64).index_add_(0, outputs, counts)
+    features = torch.zeros_like(sizes) if feature == "unit" else _gates(units)
+    return Partition(rows, outputs, features, sizes)
+
+
+def _units(weight: Weight, neurons: Neurons, rows: tuple[int, ...]) -> Tensor:
+    """Which destination neuron each row belongs to, numbered from 0."""
+    block = next(b for b in neurons.blocks if b.weight == weight.name)
+    each = torch.arange(prod(rows))
+    if not block.direct:
+        return each
+    ends = block.destinations.broadcast_to(weight.tensor.shape)
+    for dim, n in enumerate(rows):
+        ends = ends.narrow(dim, 0, n)
+    ends = ends.flatten()
+    numbers: Tensor = torch.where(ends >= 0, ends, -1 - each).unique(return_inverse=True)[1]
+    return numbers
+
+
+def _gates(units: Tensor) -> Tensor:
+    """How many rows of the same neuron come before each row: the gate, in a recurrent layer."""
+    counts = torch.bincount(units)
+    order = units.argsort(stable=True)
+    gates = torch.empty_like(units)
+    gates[order] = torch.arange(len(units)) - (counts.cumsum(0) - counts)[units[order]]
+    return gates
+
+
+def open_connections(weight: Weight) -> Tensor:
+    """Which connections no mask has cut so far."""
+    found = torch.ones(weight.tensor.shape, dtype=torch.bool)
+    for part in weight.entries():
+        if part.open is not None:
+            found[part.rows] = part.open
+    return found
+
+
+class _Masked(Function):
+    """w H(m), whose gradient by m is that of w m, times g'(m)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, variables: Tensor, slope: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(weight, variables)
+        ctx.slope = slope
+        masked: Tensor = weight * (variables > 0)
+        return masked
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight, variables = ctx.saved_tensors
+        by_weight = gradient * (variables > 0) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return by_weight, None, None
+        product = (gradient * weight).to(variables.dtype).sum_to_size(variables.shape)
+        return by_weight, product.mul_(ctx.slope(variables)), None
+
+
+class ConnectionMask(nn.Module):
+    """Masks one weight, and learns how.
+
+    While it learns, it holds a copy of the weight from each forward to the step that follows, so
+    that connections that are off keep their weights, whatever momentum and decay do to them.
+
+    Args:
+        variables: one per connection, shaped like the weight; or one per filter, [filters].
+        parts: which connections and which features they belong to.
+        estimator: one of ``ESTIMATORS``.
+
+    Attributes:
+        frozen: bool, whether the variables are final.
+    """
+
+    filters: Tensor | None
+    features: Tensor
+    sizes: Tensor | None
+    frozen: Tensor
+
+    def __init__(self, variables: MaskVariables, parts: Partition, estimator: str) -> None:
+        super().__init__()
+        self.variables, self.rows, self.estimator = variables, parts.rows, estimator
+        self.feature_count = int(parts.features.max()) + 1
+        self.register_buffer("filters", parts.filters, persistent=False)
+        self.register_buffer("features", parts.features, persistent=False)
+        self.register_buffer("sizes", parts.sizes, persistent=False)
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        self._before: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The mask variables."""
+        return self.variables.values
+
+    @property
+    def all_sizes(self) -> Tensor:
+        """How many connections each variable masks, shaped like the variables."""
+        return torch.ones_like(self.values, dtype=torch.int64) if self.sizes is None else self.sizes
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight where it is on, else 0."""
+        values = self.values.detach()
+        if torch.is_grad_enabled() and not self.frozen:
+            self._before, values = weight.detach().clone(), self.values
+        spread, slope = self._spread(values), ESTIMATORS[self.estimator]
+        masked: Tensor = _Masked.apply(weight, spread, slope)  # type: ignore[no-untyped-call]
+        return masked
+
+    def kept(self) -> int:
+        """How many connections are on."""
+        on = self.values > 0
+        return int(on.sum() if self.sizes is None else (on * self.sizes).sum())
+
+    def keep(self) -> Tensor:
+        """Which connections are on, or masked anyway; bool, shaped like the weight."""
+        on = self.values > 0
+        return self._spread(on if self.sizes is None else on | (self.sizes == 0))
+
+    def restore(self, weight: Tensor) -> None:
+        """Gives connections that are off the weights back that the optimizer found."""
+        if self._before is not None:
+            weight.copy_(torch.where(self._spread(self.values > 0), weight, self._before))
+            self._before = None
+
+    def update(self, price: float, *, normalize: bool) -> None:
+        """One step of the variables, at a price for each connection that is on."""
+        gradient = self.variables.gradient()
+        if gradient is None:
+            return
+        if normalize:
+            gradient.mul_(self._scale(gradient))
+        slope = ESTIMATORS[self.estimator](self.values)
+        gradient.add_(slope if self.sizes is None else slope * self.sizes, alpha=price)
+        self.variables.update(gradient)
+
+    def turn(self, on: Tensor) -> None:
+        """Makes these variables, and no others, those that are on."""
+        values = self.values
+        on = on.to(values.device)
+        values.copy_(torch.where(on, values.clamp(min=ON), values.clamp(max=0)))
+
+    def turn_one_on(self) -> None:
+        """Puts the highest variable back on."""
+        values = self.values
+        if self.sizes is not None:
+            values = values.masked_fill(self.sizes == 0, -torch.inf)
+        self.values.view(-1)[values.argmax()] = ON
+
+    def _scale(self, gradient: Tensor) -> Tensor:
+        """One over the norm of each feature's gradient; 1 where the feature is off as a whole."""
+        squares, on = gradient.square(), (self.values > 0).to(gradient.dtype)
+        if self.filters is None:
+            squares, on = (t.sum_to_size(self.rows).flatten() for t in (squares, on))
+        sums = squares.new_zeros(2, self.feature_count)
+        sums.index_add_(1, self.features, torch.stack([squares, on]))
+        scale = torch.where(sums[1] > 0, 1 / (sums[0].sqrt() + EPSILON), 1.0)[self.features]
+        return scale.reshape(self.rows) if self.filters is None else scale
+
+    def _spread(self, of_variables: Tensor) -> Tensor:
+        """What is said of each variable, broadcastable to the weight."""
+        if self.filters is None:
+            return of_variables
+        return of_variables.index_select(0, self.filters).reshape(self.rows)
