@@ -6,19 +6,25 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
-from hypothesis import given
-from torch import nn
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import fxprune
 from fxprune.analysis import Neurons, analyze
+from fxprune.errors import PreconditionError
 from fxprune.masking.insertion import insert_masks
+from fxprune.passes import RandomPruning
 from fxprune.program import Program
 from fxprune.shrinking.compact import compact_program
-from tests.laws import EQUAL, assert_same, call, watched
+from tests.laws import EQUAL, ONNX, assert_same, call, gap, run_onnx, watched
 from tests.strategies import MaskPlan, Recipe, mask_plans, recipes
 
 # oneDNN says once a process that it leaves projections to the default kernel.
@@ -92,3 +98,37 @@ def test_cutting_connections(recipe: Recipe, plan: MaskPlan) -> None:
 @given(recipes(), mask_plans(neurons=True, connections=True))
 def test_cutting_both(recipe: Recipe, plan: MaskPlan) -> None:
     check(recipe, plan)
+
+
+@pytest.mark.slow
+@given(
+    recipes(),
+    st.integers(0, 1000),
+    st.sampled_from([(0.5, 0.0), (0.0, 0.8), (0.6, 0.5), (0.99, 0.0)]),
+)
+def test_onnx_computes_the_same(recipe: Recipe, seed: int, sparsities: tuple[float, float]) -> None:
+    """Law 3: the file equals the compact program, at sizes that only this test tries."""
+    neurons, connections = sparsities
+    policy = [
+        RandomPruning(connections, structure="connection", seed=seed),
+        RandomPruning(neurons, seed=seed),
+    ]
+    module = recipe.build().float()
+    example = single(recipe.example(2, 3))
+    try:
+        compact = fxprune.compile(module, policy, example_inputs=example, progress=False)
+    except PreconditionError as error:
+        assume("no neuron of this model may be removed" not in str(error))
+        raise
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        compact.save_onnx(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for size in SIZES:
+            inputs = (single(recipe.example(*size)),)
+            expected = call(compact.module, inputs)
+            assert gap(expected, run_onnx(session, inputs, expected)) <= ONNX, size
+
+
+def single(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
