@@ -11,6 +11,7 @@ from fxprune.contract import Pass
 
 if TYPE_CHECKING:
     from fxprune.passes.connectivity import SparseConnectivity
+    from fxprune.passes.dynamic import DynamicPruning
     from fxprune.passes.gradual import GradualMagnitude
     from fxprune.passes.magnitude import Magnitude
     from fxprune.passes.random_pruning import RandomPruning
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PASSES",
+    "DynamicPruning",
     "GradualMagnitude",
     "Magnitude",
     "RandomPruning",
@@ -32,6 +34,7 @@ __all__ = [
 
 PASSES: Mapping[str, str] = {
     "magnitude": "fxprune.passes.magnitude:Magnitude",
+    "dynamic-pruning": "fxprune.passes.dynamic:DynamicPruning",
     "gradual-magnitude": "fxprune.passes.gradual:GradualMagnitude",
     "random-pruning": "fxprune.passes.random_pruning:RandomPruning",
     "sensitivity": "fxprune.passes.sensitivity:Sensitivity",
