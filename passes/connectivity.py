@@ -64,6 +64,9 @@ FIRST_PRICE = 1e-3
 HIGHEST_PRICE = 1.0
 """Where it ends: no normalized gradient is larger."""
 
+OVERSHOT = 0.5
+"""Of what a target allows, the part below which connections are turned on again."""
+
 
 @dataclass(frozen=True)
 class SparseConnectivity(LearnedPass):
@@ -82,8 +85,8 @@ class SparseConnectivity(LearnedPass):
         feature: on recurrent weights, whether one gate of a unit is an output of its own, "row"
             (default), or all gates of a unit are one, "unit".
         normalize: whether gradients are divided by the norm over their feature.
-        rate: how far a mask variable moves in the whole learning under a gradient of 1; the
-            learning rate is this over the number of steps.
+        rate: how far a mask variable moves in the whole learning under a gradient of 1: the
+            learning rate is this over the number of steps, but at most ``initial``.
         initial: where mask variables begin, above 0: all connections are on.
         bound: the largest magnitude of a mask variable, at least ``initial``.
         end: where the masks become final, as a fraction of all training steps.
@@ -102,7 +105,7 @@ class SparseConnectivity(LearnedPass):
     structure: Literal["connection", "filter"] = "connection"
     feature: Literal["row", "unit"] = "row"
     normalize: bool = True
-    rate: float = 100.0
+    rate: float = 30.0
     initial: float = 0.1
     bound: float = 1.0
     end: float = 0.75
@@ -164,6 +167,8 @@ class _Connectivity(Learning):
         }
         sizes = [mask.all_sizes for mask in self.masks.values()]
         self.total = sum(int(s.sum()) for s in sizes)
+        target = 0.0 if options.target is None else options.target
+        self.allowed = self.total - removal_count(1 - target, self.total)
         self._check(found)
         self.average = self.total / sum(int((s > 0).sum()) for s in sizes)
         parts = {mask_module_name(name): mask for name, mask in self.masks.items()}
@@ -183,7 +188,7 @@ class _Connectivity(Learning):
             values = torch.full(weight.tensor.shape, options.initial)
         else:
             values = torch.where(parts.sizes > 0, options.initial, -options.bound)
-        rate = options.rate / self.schedule.last
+        rate = min(options.rate / self.schedule.last, options.initial)
         variables = MaskVariables(values, rate=rate, rule="sgd", bound=options.bound)
         return ConnectionMask(variables, parts, options.estimator).to(weight.tensor.device)
 
@@ -196,10 +201,9 @@ class _Connectivity(Learning):
                 f"learn ({reasons or 'the model has none'}). Leave the pass out, or protect less.",
                 pass_name=self.options.name,
             )
-        target = self.options.target
-        if target is not None and _allowed(target, self.total) < len(self.masks):
+        if self.options.target is not None and self.allowed < len(self.masks):
             raise PreconditionError(
-                f"option 'target' is {target:g}, which keeps {_allowed(target, self.total)} of "
+                f"option 'target' is {self.options.target:g}, which keeps {self.allowed} of "
                 f"{self.total} connections, but each of {len(self.masks)} weights keeps at least "
                 "one. Raise the target, or protect the smallest weights.",
                 pass_name=self.options.name,
@@ -224,7 +228,7 @@ class _Connectivity(Learning):
         for name, mask in self.masks.items():
             mask.restore(self.module.get_parameter(name))
             mask.update(each, normalize=self.options.normalize)
-        kept = self._keep_one_each()
+        kept = self._count()
         self.module.get_buffer("_connectivity_step").add_(1)
         if self.budget is not None:
             progress = self.schedule.progress(self._step) / SETTLING
@@ -243,10 +247,16 @@ class _Connectivity(Learning):
         masks = self.program.masks.cut_connections(cut)
         return replace(owned(with_weights_of(self.program, self.module)), masks=masks)
 
-    def _keep_one_each(self) -> int:
-        """Turns one variable back on in each weight that has none; counts connections kept."""
-        kept = [mask.kept() for mask in self.masks.values()]
-        if not any(kept):
+    def _count(self) -> int:
+        """How many connections are on, once all are that must be: one in each weight.
+
+        A price that overshot a target has the highest turned on again.
+        """
+        kept = self._kept()
+        if sum(kept) < self.allowed * OVERSHOT:
+            self._keep_highest()
+            kept = self._kept()
+        elif not any(kept):
             raise TrainingError(
                 f"every connection of the model was off after step {self._step + 1}: its price "
                 "outweighed the loss. Lower the penalty or the rate, or give a target instead; "
@@ -257,29 +267,31 @@ class _Connectivity(Learning):
                 mask.turn_one_on()
         return sum(kept)
 
+    def _kept(self) -> list[int]:
+        return [mask.kept() for mask in self.masks.values()]
+
+    def _keep_highest(self) -> None:
+        """Turns the highest variables on, as many as the target allows, and no others."""
+        masks = self.masks.values()
+        values = torch.cat([m.values.flatten().cpu() for m in masks])
+        sizes = torch.cat([m.all_sizes.flatten().cpu() for m in masks])
+        order = values.argsort(descending=True, stable=True)
+        on = torch.empty(values.shape, dtype=torch.bool)
+        on[order] = sizes[order].cumsum(0) <= self.allowed
+        for mask, part in zip(masks, on.split([m.values.numel() for m in masks]), strict=True):
+            mask.turn(part.reshape(mask.values.shape))
+
     def _freeze(self) -> None:
         """Makes the masks final, at the target where there is one."""
-        masks = self.masks.values()
         if self.options.target is not None:
-            values = torch.cat([m.values.flatten().cpu() for m in masks])
-            sizes = torch.cat([m.all_sizes.flatten().cpu() for m in masks])
-            order = values.argsort(descending=True, stable=True)
-            on = torch.empty(values.shape, dtype=torch.bool)
-            on[order] = sizes[order].cumsum(0) <= _allowed(self.options.target, self.total)
-            for mask, part in zip(masks, on.split([m.values.numel() for m in masks]), strict=True):
-                mask.turn(part.reshape(mask.values.shape))
-            self._keep_one_each()
-        for mask in masks:
+            self._keep_highest()
+            self._count()
+        for mask in self.masks.values():
             mask.frozen.fill_(True)
 
     @property
     def _step(self) -> int:
         return int(self.module.get_buffer("_connectivity_step"))
-
-
-def _allowed(target: float, total: int) -> int:
-    """How many connections a target keeps."""
-    return total - removal_count(1 - target, total)
 
 
 def _price(budget: Budget, kept: float) -> float:
