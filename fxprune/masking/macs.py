@@ -22,7 +22,7 @@ from fxprune.tracing import recurrent
 if TYPE_CHECKING:
     from fxprune.program import Program
 
-__all__ = ["macs"]
+__all__ = ["macs", "macs_by_node"]
 
 aten = torch.ops.aten
 
@@ -44,13 +44,19 @@ def macs(program: Program) -> int:
     Args:
         program: the program; it is run once on its example, without gradients.
     """
+    return sum(macs_by_node(program).values())
+
+
+def macs_by_node(program: Program) -> Mapping[fx.Node, int]:
+    """Counts them for each operation of the graph, as :func:`macs` does."""
     module = fx.GraphModule(dict(program.tensors), program.graph)
     # torch counts a multiplication and an addition apart, and knows no matrix-vector product.
     counter = FlopCounterMode(display=False, custom_mapping=_FURTHER)
-    runner = _Runner(module, garbage_collect_values=True)
+    runner = _Runner(module, counter)
     with preserved_random_state(), torch.no_grad(), counter:
         runner.run(*_example_leaves(program))
-    return counter.get_total_flops() // 2 + runner.recurrent
+    nodes = {n.name: n for n in program.graph.nodes}
+    return {nodes[name]: found for name, found in runner.found.items()}
 
 
 def _example_leaves(program: Program) -> list[Any]:
@@ -59,9 +65,18 @@ def _example_leaves(program: Program) -> list[Any]:
 
 
 class _Runner(fx.Interpreter):
-    """Runs a graph and counts the products inside recurrent operations."""
+    """Runs a graph and notes the products of each operation, those inside recurrent ones too."""
 
-    recurrent: int = 0
+    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.counter, self.recurrent = counter, 0
+        self.found: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops() // 2 + self.recurrent
+        result = super().run_node(n)
+        self.found[n.name] = self.counter.get_total_flops() // 2 + self.recurrent - before
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         positions = _RECURRENT_WEIGHTS.get(target)
