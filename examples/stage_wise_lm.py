@@ -207,14 +207,12 @@ class Experiment:
 
     def missing(self, methods: Sequence[str], targets: Sequence[float], out: Path) -> None:
         """Make the runs that the file lacks."""
-        runs: dict[str, Callable[[], Run]] = {
-            "dense": partial(self.run_dense, 0),
-            "dense, on": partial(self.run_dense, self._epochs),
-        }
+        runs: dict[str, Callable[[], Run]] = {"dense": partial(self.run_dense, 0)}
         runs |= {m: partial(self.run_search, m) for m in SEARCHES if m in methods}
         if "gradual" in methods:
             runs["gradual"] = lambda: self.run_gradual(self._sparsity_of("joint", out))
         runs |= {f"gradual {s:.1%}": partial(self.run_gradual, s) for s in targets}
+        runs["dense, on"] = partial(self.run_dense, self._epochs)
         for method, run in runs.items():
             if not any(r["method"] == method for r in _of(self.setting, [self.seed], out)):
                 began = time.perf_counter()

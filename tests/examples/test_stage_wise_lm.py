@@ -44,8 +44,8 @@ def test_script_keeps_each_run_and_goes_on_behind_the_last(
     out = tmp_path / "runs.jsonl"
     arguments = ["--data", str(data), "--quick", "--seeds", "3", "--out", str(out), "--methods"]
     assert lm.main([*arguments, "joint"]) == 0
-    dense, trained_on, joint = read_results(out)
-    assert [r["method"] for r in (dense, trained_on, joint)] == ["dense", "dense, on", "joint"]
+    dense, joint, trained_on = read_results(out)
+    assert [r["method"] for r in (dense, joint, trained_on)] == ["dense", "joint", "dense, on"]
     assert joint["sparsity"] > 0 and joint["nonzeros"] < dense["nonzeros"]
     assert set(joint["by_class"]) == {"feedforward", "input", "recurrent"}
     assert joint["test_perplexity"] > 1 and 0 <= joint["test_accuracy"] <= 1
@@ -58,7 +58,7 @@ def test_script_keeps_each_run_and_goes_on_behind_the_last(
         file.write(json.dumps(joint)[:50])
     assert lm.main([*arguments, "joint", "gradual", "--gradual", "0.25"]) == 0
     *known, gradual, quarter = read_results(out)
-    assert known == [dense, trained_on, joint]
+    assert known == [dense, joint, trained_on]
     assert gradual["sparsity"] == pytest.approx(joint["sparsity"], abs=0.02)
     assert (quarter["method"], quarter["spent"]["epochs"]) == ("gradual 25.0%", 3)
     shown = capsys.readouterr().out
