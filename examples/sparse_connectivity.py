@@ -3,8 +3,8 @@
     python -m examples.sparse_connectivity --data PATH [--model lenet-300-100|lenet-5|gru]
     python -m examples.sparse_connectivity --table sparse_connectivity.jsonl
 
-Every method trains for the same number of epochs, from the same initial weights, with Adam and a
-rate that falls to zero, and asks for the same fraction of connections to be removed:
+Every method trains for the same number of epochs, from the same initial weights, with Adam, whose
+rate falls to zero over the last quarter, and asks for the same fraction of connections to go:
 
 - `learned` is sparse connectivity learning with its defaults and a target; `softplus` and
   `leaky_relu` take another slope of the unit step, `unnormalized` leaves the gradients as they are;
@@ -153,13 +153,15 @@ class Experiment:
         self.validation = (x[-HELD_OUT:], y[-HELD_OUT:])
 
     def task(self, epochs: int, seed: int) -> fxprune.Task:
-        """Cross entropy, Adam with a rate that falls to 0, the best epoch on held-out images."""
+        """Cross entropy, Adam, the best epoch on held-out images."""
         batches = Shuffled(self.train)
         steps = epochs * len(batches)
 
         def falling(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
             adam = torch.optim.Adam(parameters, lr=1e-3)
-            schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: max(0.0, 1 - t / steps))
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                adam, lambda step: max(0.0, min(1.0, 4 * (1 - step / steps)))
+            )
             adam.register_step_post_hook(lambda *_: schedule.step())
             return adam
 
@@ -314,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     methods_help = f"{', '.join(METHODS)} [all]"
     default_methods = tuple(METHODS)
     add("--methods", nargs="+", choices=METHODS, default=default_methods, help=methods_help)
-    add("--epochs", type=int, default=10, help="of training, all methods alike [%(default)s]")
+    add("--epochs", type=int, default=16, help="of training, all methods alike [%(default)s]")
     add("--every", type=int, default=1, help="use every so-manyth image [%(default)s]")
     add("--quick", action="store_true", help="only see that it works: one seed, few images")
     return parser

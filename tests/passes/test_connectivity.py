@@ -1,0 +1,426 @@
+"""Sparse connectivity learning: what whole trainings come to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+import fxprune
+from fxprune.compiler import Prepared
+from fxprune.contract import Context, Facts, Pass
+from fxprune.errors import ConfigError, PreconditionError, TrainingError
+from fxprune.masking.gating import mask_module_name
+from fxprune.passes import Magnitude, SparseConnectivity
+from fxprune.passes._connectivity_masks import ON, ConnectionMask
+from fxprune.pipeline import Outcome, run_passes
+from fxprune.program import Program
+from fxprune.tracing.tracer import trace
+from fxprune.training import Task
+from tests.laws import assert_same
+from tests.zoo import by_name
+
+SIZES = {"stem.weight": 24, "rnn.weight_ih_l0": 90, "rnn.weight_hh_l0": 75, "head.weight": 10}
+TOTAL = sum(SIZES.values())
+
+
+class Tagger(nn.Module):
+    """Linear, GRU, Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.rnn = nn.GRU(6, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(torch.tanh(self.stem(x)))[0])  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    return trace(Tagger(), torch.zeros(4, 2, 4))
+
+
+BATCHES = [torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+
+
+def mse(model: nn.Module, batch: Tensor) -> Tensor:
+    return functional.mse_loss(model(batch), batch[..., :2])
+
+
+def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Changes what is off, where nobody minds."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
+
+
+def make_task(**options: Any) -> Task:
+    given: dict[str, Any] = {
+        "loss": mse,
+        "train": BATCHES,
+        "validate": lambda m: float(mse(m, BATCHES[0])),
+        "goal": "min",
+        "optimizer": momentum,
+        "epochs": 4,
+    }
+    return Task(**(given | options))
+
+
+def prune(program: Program, *passes: Pass, task: Task, protect: tuple[str, ...] = ()) -> Outcome:
+    return run_passes(program, passes, facts=Facts(program, Context(task, protect)))
+
+
+def mask_of(prepared: Prepared, weight: str) -> ConnectionMask:
+    found = prepared.module.get_submodule(mask_module_name(weight))
+    assert isinstance(found, ConnectionMask)
+    return found
+
+
+def train(prepared: Prepared, batches: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for batch in batches:
+        loss = mse(prepared.module, batch) + prepared.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        prepared.step()
+
+
+# Whole trainings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["connection", "filter"])
+@pytest.mark.parametrize("target", [0.5, 0.1])
+def test_the_target_is_met(program: Program, target: float, structure: Any) -> None:
+    chosen = SparseConnectivity(target=target, structure=structure)
+    masks = prune(program, chosen, task=make_task()).program.masks.connections
+    kept = sum(int(masks[n].sum()) if n in masks else size for n, size in SIZES.items())
+    allowed = TOTAL - math.floor((1 - target) * TOTAL + 1e-9)
+    if structure == "connection":
+        assert allowed <= kept <= allowed + 4  # one more where a weight had none
+    else:
+        assert allowed - 6 < kept <= allowed + 4 * 6
+    assert all(bool(m.any()) for m in masks.values())
+
+
+def test_a_price_removes_more_the_higher_it_is(program: Program) -> None:
+    kept = []
+    for penalty in (0.0, 0.02, 0.1):
+        chosen = SparseConnectivity(penalty=penalty, rate=5.0)
+        masks = prune(program, chosen, task=make_task()).program.masks.connections
+        kept.append(sum(int(masks[n].sum()) if n in masks else s for n, s in SIZES.items()))
+    assert TOTAL >= kept[0] > kept[1] > kept[2] > 0
+
+
+def test_connections_return(program: Program) -> None:
+    """Some that were off after half of the learning are on in the end."""
+    prepared = fxprune.prepare(program, SparseConnectivity(penalty=0.05), steps=64)
+    optimizer = torch.optim.SGD(prepared.module.parameters(), lr=0.05)
+    train(prepared, BATCHES * 3, optimizer)
+    before = {n: mask_of(prepared, n).values > 0 for n in SIZES}
+    train(prepared, BATCHES * 3, optimizer)
+    returned = sum(int((~before[n] & (mask_of(prepared, n).values > 0)).sum()) for n in SIZES)
+    assert returned > 0
+
+
+def test_each_weight_keeps_a_connection(program: Program) -> None:
+    """The gradient of a weight that nothing reads is 0: the price alone decides."""
+    prepared = fxprune.prepare(program, SparseConnectivity(penalty=0.01, end=1.0), steps=50)
+    stem = mask_of(prepared, "stem.weight")
+    with torch.no_grad():
+        prepared.module.get_parameter("stem.weight").zero_()
+        stem.values.fill_(1e-5)
+        stem.values[2, 1] = 2e-5
+    mse(prepared.module, BATCHES[0]).backward()
+    prepared.step()
+    assert stem.kept() == 1
+    assert float(stem.values[2, 1].detach()) == pytest.approx(ON)
+
+
+def test_masks_are_final_in_the_last_part(program: Program) -> None:
+    prepared = fxprune.prepare(program, SparseConnectivity(target=0.3, end=0.5), steps=16)
+    optimizer = momentum(prepared.module.parameters())
+    train(prepared, BATCHES, optimizer)
+    final = {n: mask_of(prepared, n).values.clone() for n in SIZES}
+    weights = {n: prepared.module.get_parameter(n).detach().clone() for n in SIZES}
+    train(prepared, BATCHES, optimizer)
+    for name, values in final.items():
+        assert torch.equal(mask_of(prepared, name).values, values)
+        on = values > 0
+        assert bool((prepared.module.get_parameter(name) != weights[name])[on].any())
+
+
+def test_best_weights_are_of_the_final_masks(program: Program) -> None:
+    scores = iter([0.0, 0.1, 3.0, 2.0, 4.0])
+    seen: list[dict[str, Tensor]] = []
+
+    def validate(model: nn.Module) -> float:
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        return next(scores)
+
+    task = make_task(validate=validate)
+    after = prune(program, SparseConnectivity(target=0.3, end=0.5), task=task).program
+    for name in program.tensors:
+        assert torch.equal(after.tensors[name], seen[3][name]), name
+
+
+def test_same_seed_same_result_and_nothing_else_changes(program: Program) -> None:
+    before = {n: t.detach().clone() for n, t in program.tensors.items()}
+    state = torch.get_rng_state()
+    chosen = SparseConnectivity(target=0.3)
+    first, second = (prune(program, chosen, task=make_task()).program for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.masks.same_as(second.masks)
+    assert program.masks.empty
+    for name, tensor in program.tensors.items():
+        assert torch.equal(first.tensors[name], second.tensors[name])
+        assert torch.equal(tensor, before[name])
+        assert isinstance(first.tensors[name], nn.Parameter)
+
+
+def test_twice_in_a_row(program: Program) -> None:
+    """What the first cut is not counted again, and stays cut."""
+    chosen = SparseConnectivity(target=0.5)
+    first = prune(program, chosen, task=make_task()).program
+    second = prune(first, chosen, task=make_task()).program
+    kept = {n: int(second.masks.connections[n].sum()) for n in SIZES}
+    half = TOTAL - TOTAL // 2
+    assert half - half // 2 <= sum(kept.values()) <= half - half // 2 + 4
+    for name, mask in first.masks.connections.items():
+        assert bool((mask >= second.masks.connections[name]).all())
+
+
+def test_after_neurons_were_cut(program: Program) -> None:
+    half = prune(program, Magnitude(0.4, "neuron"), task=make_task()).program
+    after = prune(half, SparseConnectivity(target=0.5), task=make_task()).program
+    assert torch.equal(after.masks.neurons, half.masks.neurons)
+    compact = fxprune.compile(half, SparseConnectivity(target=0.5), task=make_task())
+    assert compact.report.sparsity > 0.5
+
+
+def test_protected_weights_stay_dense(program: Program) -> None:
+    outcome = prune(
+        program, SparseConnectivity(target=0.2), task=make_task(), protect=("stem.*", "head.*")
+    )
+    assert set(outcome.program.masks.connections) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0"}
+    assert [r.node for r in outcome.refusals] == ["stem.weight", "head.weight"]
+
+
+def test_frozen_weights_are_masked_and_keep_their_values(program: Program) -> None:
+    frozen = nn.Parameter(program.tensors["head.weight"].detach(), requires_grad=False)
+    given = replace(program, tensors={**program.tensors, "head.weight": frozen})
+    after = prune(given, SparseConnectivity(target=0.3), task=make_task()).program
+    assert not bool(after.masks.connections["head.weight"].all())
+    assert torch.equal(after.tensors["head.weight"], frozen)
+
+
+# Hardened equals evaluated while training ---------------------------------------------------------
+
+TRAINABLE = (
+    "lstm-two-layer",
+    "bigru-two-layer",
+    "lstm-projected",
+    "packed-bilstm-two-layer",
+    "gru-cell-loop",
+    "manual-lstm-joint",
+    "tied-character-model",
+    "residual-cnn",
+)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("structure", ["connection", "filter"])
+def test_hardened_computes_what_training_evaluated(name: str, structure: Any) -> None:
+    model = by_name(name)
+    torch.manual_seed(0)
+    inputs = model.inputs(model.batch, model.time)
+    chosen = SparseConnectivity(target=0.4, structure=structure, feature="unit")
+    prepared = fxprune.prepare(model.build(), chosen, example_inputs=inputs, steps=6)
+    optimizer = momentum(prepared.module.parameters())
+    prepared.module.train()
+    for _ in range(6):
+        outputs = pytree.tree_leaves(prepared.module(*model.inputs(model.batch, model.time)))
+        loss = sum(o.square().mean() for o in outputs if o is not None and o.is_floating_point())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        prepared.step()
+    prepared.module.eval()
+    compact = prepared.convert()
+    assert compact.report.sparsity > 0.4
+    for module in (compact.masked, compact.module.eval()):
+        assert_same(prepared.module, module, inputs, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    prepared = fxprune.prepare(
+        Tagger().to(dtype),
+        SparseConnectivity(target=0.3),
+        example_inputs=BATCHES[0].to(dtype),
+        steps=8,
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    assert mask_of(prepared, "head.weight").values.dtype == torch.float32 or wide == torch.float64
+    optimizer = torch.optim.SGD(prepared.module.parameters(), lr=0.05)
+    train(prepared, [b.to(dtype) for b in BATCHES], optimizer)
+    compact = prepared.convert()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    assert_same(prepared.module.eval(), compact.module.eval(), [BATCHES[0].to(dtype)], tolerance)
+    assert compact.report.sparsity == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 3, 4), (5, 1, 4)])
+def test_short_sequences_and_single_examples(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Tagger().eval()
+    x = torch.randn(shape)
+    prepared = fxprune.prepare(model, SparseConnectivity(target=0.3), example_inputs=x, steps=4)
+    assert not prepared.module.training
+    train(prepared, [x] * 4, torch.optim.Adam(prepared.module.parameters(), lr=0.01))
+    assert_same(prepared.module, prepared.convert().module, [x], 1e-6)
+    assert not model.training
+
+
+# Stopped and continued ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"target": 0.2}, {"penalty": 0.02, "structure": "filter"}])
+@pytest.mark.parametrize("at", [1, 7, 14])
+def test_a_state_dict_continues_bit_for_bit(
+    program: Program, options: dict[str, Any], at: int
+) -> None:
+    chosen = SparseConnectivity(**options)
+    batches = BATCHES * 2
+
+    def begin() -> tuple[Prepared, torch.optim.Optimizer]:
+        prepared = fxprune.prepare(program, chosen, steps=16)
+        return prepared, torch.optim.Adam(prepared.module.parameters(), lr=0.01, weight_decay=0.1)
+
+    whole, optimizer = begin()
+    train(whole, batches, optimizer)
+    broken, optimizer = begin()
+    train(broken, batches[:at], optimizer)
+    resumed, fresh = begin()
+    train(resumed, batches[:3], fresh)  # it was somewhere else
+    resumed.module.load_state_dict(broken.module.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    train(resumed, batches[at:], fresh)
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(resumed.module.state_dict()[name], tensor), name
+    report = whole.convert().report
+    assert resumed.convert().report.sparsity == report.sparsity
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_broken_run_continues_where_it_was(program: Program, tmp_path: Path) -> None:
+    chosen = SparseConnectivity(target=0.3)
+    whole = prune(program, chosen, task=make_task()).program
+    calls = 0
+
+    def fails_late(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KilledError
+        return mse(model, batch)
+
+    with pytest.raises(Exception, match="KilledError"):
+        prune(program, chosen, task=make_task(loss=fails_late, checkpoint=tmp_path))
+    continued = prune(program, chosen, task=make_task(loss=fails_late, checkpoint=tmp_path))
+    assert calls == 20 + 16  # two of four epochs were done
+    assert continued.program.masks.same_as(whole.masks)
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(continued.program.tensors[name], tensor)
+
+
+def test_compile_learns_and_shrinks() -> None:
+    torch.manual_seed(0)
+    compact = fxprune.compile(
+        Tagger(),
+        "sparse-connectivity{target=0.1,structure=filter,feature=unit}",
+        example_inputs=torch.zeros(4, 2, 4),
+        task=make_task(),
+        progress=False,
+    )
+    assert compact.report.sparsity > 0.75
+    assert compact.report.parameters_after < compact.report.parameters_before
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def test_a_price_that_kills_everything_stops(program: Program, tmp_path: Path) -> None:
+    task = make_task(checkpoint=tmp_path, epochs=8)
+    chosen = SparseConnectivity(penalty=0.9, rate=0.3, normalize=False)
+    with pytest.raises(TrainingError, match="every connection of the model was off after step"):
+        prune(program, chosen, task=task)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]  # the last healthy epoch
+
+
+def test_losses_that_are_not_finite_stop(program: Program) -> None:
+    task = make_task(loss=lambda model, batch: mse(model, batch) * math.nan)
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        prune(program, SparseConnectivity(target=0.3), task=task)
+
+
+def test_targets_below_a_connection_for_each_weight_are_refused(program: Program) -> None:
+    with pytest.raises(PreconditionError, match="keeps 2 of 199 connections, but each of 4 weig"):
+        prune(program, SparseConnectivity(target=0.01), task=make_task())
+
+
+def test_nothing_to_learn_is_refused(program: Program) -> None:
+    with pytest.raises(PreconditionError, match=r"nothing to learn \(stem.weight: protected"):
+        prune(program, SparseConnectivity(target=0.3), task=make_task(), protect=("*",))
+
+
+def test_training_is_needed(program: Program) -> None:
+    with pytest.raises(PreconditionError, match="it has to train, and there is no task"):
+        run_passes(program, [SparseConnectivity(target=0.3)])
+    with pytest.raises(ConfigError, match="give steps="):
+        fxprune.prepare(program, SparseConnectivity(target=0.3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs either option 'penalty', the price of a connection, or"),
+        ({"penalty": 0.1, "target": 0.1}, "got penalty=0.1 and target=0.1"),
+        ({"penalty": -0.1}, "'penalty' of pass 'sparse-connectivity' must be a number at least 0"),
+        ({"penalty": math.nan}, "'penalty' of pass 'sparse-connectivity' must be a number"),
+        ({"target": 1.0}, "'target' of pass 'sparse-connectivity' must be a number"),
+        ({"target": 0.0}, "'target' of pass 'sparse-connectivity' must be more than 0"),
+        ({"target": 0.1, "estimator": "relu"}, "must be one of identity, softplus, leaky_relu"),
+        ({"target": 0.1, "structure": "row"}, "must be one of connection, filter"),
+        ({"target": 0.1, "feature": "gate"}, "must be one of row, unit"),
+        ({"target": 0.1, "normalize": 1}, "must be one of True, False"),
+        ({"target": 0.1, "rate": 0}, "'rate' of pass 'sparse-connectivity' must be more than 0"),
+        ({"target": 0.1, "initial": 2.0}, "'initial' of pass 'sparse-connectivity' must be a num"),
+        ({"target": 0.1, "initial": 0}, "'initial' of pass 'sparse-connectivity' must be more"),
+        ({"target": 0.1, "bound": math.inf}, "'bound' of pass 'sparse-connectivity' must be a nu"),
+        ({"target": 0.1, "end": 1.5}, "'end' of pass 'sparse-connectivity' must be a number"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SparseConnectivity(**options)
+
+
+def test_the_text_form_names_what_was_given() -> None:
+    chosen = SparseConnectivity(target=0.03, estimator="softplus", normalize=False, end=1.0)
+    text = "sparse-connectivity{target=0.03,estimator=softplus,normalize=false,end=1.0}"
+    assert str(chosen) == text
+    assert fxprune.Policy([chosen]) == fxprune.Policy([SparseConnectivity(**vars(chosen))])
