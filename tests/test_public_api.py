@@ -206,12 +206,13 @@ ABOVE_ALL = tuple(
 
 ABOVE = {
     "search": ("analysis", "lowering", "masking", "program", "shrinking", "tracing", "training"),
-    "tracing": ("analysis", "lowering", "masking", "search", "shrinking", "training"),
-    "lowering": ("analysis", "masking", "program", "search", "shrinking", "training"),
-    "analysis": ("lowering", "masking", "search", "shrinking", "training"),
-    "masking": ("lowering", "search", "training"),
-    "shrinking": ("lowering", "search", "training"),
-    "training": ("lowering", "search", "shrinking"),
+    "tracing": ("analysis", "learning", "lowering", "masking", "search", "shrinking", "training"),
+    "lowering": ("analysis", "learning", "masking", "program", "search", "shrinking", "training"),
+    "analysis": ("learning", "lowering", "masking", "search", "shrinking", "training"),
+    "masking": ("learning", "lowering", "search", "training"),
+    "shrinking": ("learning", "lowering", "search", "training"),
+    "training": ("learning", "lowering", "search", "shrinking"),
+    "learning": ("lowering", "search"),
 }
 
 
