@@ -53,8 +53,10 @@ class MaskVariables(nn.Module):
         wide = values.detach().to(torch.promote_types(values.dtype, torch.float32)).clone()
         self.rate, self.rule, self.momentum, self.bound = rate, rule, momentum, bound
         self.register_buffer("values", wide.requires_grad_())
-        self.register_buffer("first", torch.zeros_like(wide, requires_grad=False))
-        self.register_buffer("second", torch.zeros_like(wide, requires_grad=False))
+        # What the rule does not need takes no memory: variables may be as many as weights.
+        none, zeros = wide.new_empty(0), torch.zeros_like(wide, requires_grad=False)
+        self.register_buffer("first", zeros if rule == "adam" or momentum else none)
+        self.register_buffer("second", zeros.clone() if rule == "adam" else none.clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.float32))
 
     def gradient(self) -> Tensor | None:
@@ -91,8 +93,9 @@ class MaskVariables(nn.Module):
                 maximize=False,
             )
         else:
-            self.first.mul_(self.momentum).add_(gradient)
-            self.values.sub_(self.first, alpha=self.rate)
+            if self.momentum:
+                gradient = self.first.mul_(self.momentum).add_(gradient)
+            self.values.sub_(gradient, alpha=self.rate)
         self.values.clamp_(-self.bound, self.bound)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
