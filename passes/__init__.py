@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxprune.passes.dynamic import DynamicPruning
     from fxprune.passes.gradual import GradualMagnitude
     from fxprune.passes.magnitude import Magnitude
+    from fxprune.passes.neuron_selection import NeuronSelection
     from fxprune.passes.random_pruning import RandomPruning
     from fxprune.passes.sensitivity import Sensitivity
     from fxprune.passes.stage_wise import StageWise
@@ -23,6 +24,7 @@ __all__ = [
     "DynamicPruning",
     "GradualMagnitude",
     "Magnitude",
+    "NeuronSelection",
     "RandomPruning",
     "Sensitivity",
     "SparseConnectivity",
@@ -36,6 +38,7 @@ PASSES: Mapping[str, str] = {
     "magnitude": "fxprune.passes.magnitude:Magnitude",
     "dynamic-pruning": "fxprune.passes.dynamic:DynamicPruning",
     "gradual-magnitude": "fxprune.passes.gradual:GradualMagnitude",
+    "neuron-selection": "fxprune.passes.neuron_selection:NeuronSelection",
     "random-pruning": "fxprune.passes.random_pruning:RandomPruning",
     "sensitivity": "fxprune.passes.sensitivity:Sensitivity",
     "sparse-connectivity": "fxprune.passes.connectivity:SparseConnectivity",

@@ -188,8 +188,8 @@ def _prices(program: Program, parts: Sequence[_Part], kind: str) -> Tensor:
     """The price of one entry of each part, float64 [parts]."""
     if kind == "parameters":
         return torch.ones(len(parts), dtype=torch.float64)
-    costs: Mapping[Any, float]
-    costs = macs_by_node(program) if kind == "macs" else _milliseconds(program)
+    by_node = macs_by_node(program) if kind == "macs" else _milliseconds(program)
+    costs: dict[fx.Node | None, float] = {node: found for node, found in by_node.items()}
     connections: Counter[fx.Node | None] = Counter()
     for part in parts:
         connections[part.consumer] += math.prod(part.shape)

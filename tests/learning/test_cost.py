@@ -22,7 +22,6 @@ from tests.zoo import by_name
 from tests.zoo_model import ZooModel
 
 NAMES = (
-    "lstm-projected-two-layer",
     "packed-bilstm-two-layer",
     "gru-cell-loop",
     "conv-lstm",
