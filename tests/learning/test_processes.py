@@ -64,3 +64,13 @@ def test_two_processes_learn_what_one_would_of_all_data(
 def test_disagreement_is_refused(name: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "the processes disagree about the masks (2 versions over 2" in rank[name]["apart"]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_accelerate_trains_the_same(name: str, ranks: list[dict[str, Any]]) -> None:
+    pytest.importorskip("accelerate", reason="needs the extra 'train'")
+    for rank in ranks:
+        found = rank[name]
+        assert found["accelerated"]["sparsity"] == found["broadcast"]["sparsity"]
+        for key, tensor in found["broadcast"]["state"].items():
+            assert torch.equal(found["accelerated"]["state"][key], tensor), key

@@ -7,9 +7,11 @@ Both processes begin with the same weights, and have their own data and random n
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -62,19 +64,26 @@ def batches(rank: int) -> list[Tensor]:
     return [torch.randn(3, 2, 4, generator=numbers) for _ in range(STEPS)]
 
 
+def optimizer_of(prepared: Prepared) -> torch.optim.Optimizer:
+    return torch.optim.SGD(prepared.module.parameters(), lr=0.1, momentum=0.9)
+
+
 def train(
     prepared: Prepared,
     model: nn.Module,
     data: list[Tensor],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
     disturb: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    optimizer = torch.optim.SGD(prepared.module.parameters(), lr=0.1, momentum=0.9)
+    optimizer = optimizer or optimizer_of(prepared)
     for number, batch in enumerate(data):
         if disturb is not None and number == STEPS // 2:
             disturb(prepared.module)
         loss = (model(batch) - batch[..., :2]).square().mean() + prepared.penalty()
         optimizer.zero_grad()
-        loss.backward()
+        backward(loss)
         optimizer.step()
         prepared.step()
 
@@ -106,12 +115,25 @@ def apart(policy: str, rank: int) -> str:
                 if isinstance(part, MaskVariables):
                     part.values.copy_(torch.randn_like(part.values))
 
-    train(prepared, prepared.module, batches(rank), disturb if rank else None)
+    train(prepared, prepared.module, batches(rank), disturb=disturb if rank else None)
     try:
         prepared.convert()
     except TrainingError as error:
         return str(error)
     return "converted"
+
+
+def accelerated(policy: str, rank: int) -> dict[str, object]:
+    """Trains in accelerate's hands."""
+    from accelerate import Accelerator
+
+    prepared = prepare(policy)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(prepared.module, optimizer_of(prepared))
+    assert accelerator.num_processes == 2
+    torch.manual_seed(rank)
+    train(prepared, model, batches(rank), optimizer=optimizer, backward=accelerator.backward)
+    return {"state": state_of(prepared), "sparsity": prepared.convert().report.sparsity}
 
 
 def main(rank: int, folder: Path) -> None:
@@ -123,7 +145,7 @@ def main(rank: int, folder: Path) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    found = {
+    found: dict[str, dict[str, object]] = {
         name: {
             "broadcast": together(policy, rank, broadcast=True),
             "reduced": together(policy, rank, broadcast=False),
@@ -131,6 +153,12 @@ def main(rank: int, folder: Path) -> None:
         }
         for name, policy in POLICIES.items()
     }
+    if find_spec("accelerate"):
+        # What torchrun sets; the processes have met already, so the port stays unused.
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+        for name, policy in POLICIES.items():
+            found[name]["accelerated"] = accelerated(policy, rank)
     torch.save(found, folder / f"rank_{rank}.pt")
     distributed.destroy_process_group()
 
