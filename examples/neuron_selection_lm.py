@@ -1,0 +1,336 @@
+"""Select the neurons of a 2x512 LSTM language model, next to other ways to the same sizes.
+
+    python -m examples.neuron_selection_lm --data PATH [--words] [--device cuda] [--quick]
+        [--seeds 0 1 2] [--target 0.1] [--width 256] [--tokens 300000] [--epochs 6]
+    python -m examples.neuron_selection_lm --table neuron_selection.jsonl
+
+Characters of tinyshakespeare, or with ``--words`` the words of the Penn Treebank and 2x1500. All
+methods train for the same number of steps and, but for ``small``, from the same initial weights:
+
+- dense: the whole model;
+- l0: hard concrete gates on embedding channels and units, to a fraction of the dense
+  multiply-accumulate operations, learned while the model trains;
+- lasso: group lasso over the same neurons, to the same fraction;
+- magnitude: dense for half of the steps, then the smallest neurons go at once, as many of each
+  group as l0 left out, then the rest of the steps;
+- small: a dense model of the sizes that l0 arrived at, from scratch, with weights of its own.
+
+The validation text chooses the epoch, for gates among those at the final size. The test text is
+read once, for the result. Latency is that of the ONNX file in onnxruntime on one CPU thread, for
+one text of 35 tokens, in turns with the dense file. Every run is one line of the results file,
+written when it is done; a script that was stopped goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from examples.language_model import Corpus, LanguageModel, Reader, batches, judge, read_corpus
+from examples.result_lines import Run, add_result, markdown, read_results, spread
+from fxprune import latency
+from fxprune.compiler import Compact
+from fxprune.contract import Effect, Facts, NeuronAnalysis, Pass, PassResult
+from fxprune.masking.prunable import find_prunable
+from fxprune.masking.scores import neuron_scores
+from fxprune.passes import NeuronSelection
+from fxprune.policy import protected
+from fxprune.program import Program
+from fxprune.training import Task, fit, preserved_random_state
+
+METHODS = ("dense", "l0", "lasso", "magnitude", "small")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs that are compared have in common.
+
+    Attributes:
+        text: "characters" or "words".
+        width: of the embedding and of both layers.
+        tokens: of the training text used, from its beginning; 0 for all.
+        batch: parts of a text that are read side by side.
+        steps: tokens of each that are read at a time.
+        epochs: of training, in all.
+        rate: of Adam.
+        target: fraction of the dense multiply-accumulate operations that is to be left.
+    """
+
+    text: str = "characters"
+    width: int = 512
+    tokens: int = 0
+    batch: int = 32
+    steps: int = 64
+    epochs: int = 12
+    rate: float = 2e-3
+    target: float = 0.1
+
+
+WORDS = Setting("words", 1500, 0, 20, 35, 40, 1e-3, 0.06)
+QUICK = Setting("characters", 16, 20_000, 8, 25, 4, 1e-2, 0.3)
+
+
+@dataclass(frozen=True)
+class SmallestNeurons(Pass):
+    """Cuts the neurons of least magnitude down to given numbers.
+
+    Attributes:
+        sizes: names of neuron groups and how many of each stay.
+    """
+
+    effect = Effect.LOSSY
+    needs = (NeuronAnalysis,)
+    keeps = frozenset({NeuronAnalysis})
+
+    sizes: tuple[tuple[str, int], ...]
+
+    def run(self, program: Program, facts: Facts) -> PassResult:
+        """Adds to the masks of the program."""
+        neurons = facts[NeuronAnalysis]
+        found = find_prunable(program, neurons, protected(program, neurons, ()))
+        scores = neuron_scores(found.weights, neurons.count, norm=2)
+        groups = {g.name: g.neurons for g in neurons.groups}
+        cut = [
+            groups[name][scores[groups[name]].argsort(stable=True)[: len(groups[name]) - size]]
+            for name, size in self.sizes
+        ]
+        masks = program.masks.cut_neurons(torch.cat(cut))
+        return PassResult(replace(program, masks=masks), True)
+
+
+class Experiment:
+    """One seed: its initial model, and what is made of it.
+
+    Args:
+        corpus: the texts.
+        setting: what is the same for all runs.
+        seed: of weights, order and gates.
+        folder: for checkpoints.
+        device: where to train.
+    """
+
+    def __init__(
+        self, corpus: Corpus, setting: Setting, seed: int, folder: Path, device: str
+    ) -> None:
+        self.corpus, self.setting, self.seed = corpus, setting, seed
+        self.folder, self.device = folder, device
+
+    def initial(self) -> LanguageModel:
+        """The model before training."""
+        with preserved_random_state(self.seed):
+            return LanguageModel(self.corpus.vocabulary, self.setting.width)
+
+    def task(self, name: str, epochs: float) -> Task:
+        """Training on the text, judged by perplexity on the validation text."""
+        setting = self.setting
+        train = batches(self.corpus.train[: setting.tokens or None], setting.batch, setting.steps)
+        return Task(
+            Reader(setting.width).loss,
+            train,
+            lambda model: self.judge(model, self.corpus.validation)[0],
+            goal="min",
+            optimizer=lambda p: torch.optim.Adam(p, lr=setting.rate),
+            steps=round(epochs * len(train)),
+            clip=1.0,
+            checkpoint=self.folder / name,
+            seed=self.seed,
+            device=self.device,
+        )
+
+    def judge(self, model: nn.Module, text: Tensor) -> tuple[float, float]:
+        """Perplexity and accuracy, where the model is."""
+        device = next(model.parameters()).device
+        cut = batches(text, self.setting.batch, self.setting.steps)
+        moved = [(x.to(device), y.to(device), first) for x, y, first in cut]
+        return judge(model, moved, self.setting.width)
+
+    def compile(self, model: nn.Module, policy: Sequence[Pass], task: Task | None) -> Compact:
+        """Compiles on an example of one text, 35 tokens long."""
+        states = torch.zeros(2, 1, self.setting.width)
+        example = (self.corpus.train[:35].reshape(35, 1), states, states)
+        return fxprune.compile(model, policy, example_inputs=example, task=task)
+
+    def run(self, method: str, sizes: Mapping[str, int]) -> Run:
+        """Train by one method.
+
+        Args:
+            method: see the module.
+            sizes: what l0 left of each neuron group, for the methods that are given it.
+        """
+        epochs, target = self.setting.epochs, self.setting.target
+        cut = SmallestNeurons(tuple(sizes.items()))
+        if method == "dense":
+            model = self.initial()
+            fit(model, self.task(method, epochs), name=method)
+            compact = self.compile(model, [], None)
+        elif method in ("l0", "lasso"):
+            criterion = "l0" if method == "l0" else "group_lasso"
+            chosen = NeuronSelection(target=target, criterion=criterion)  # type: ignore[arg-type]
+            compact = self.compile(self.initial(), [chosen], self.task(method, epochs))
+        elif method == "magnitude":
+            model = self.initial()
+            fit(model, self.task("magnitude-dense", epochs / 2), name=method)
+            compact = self.compile(model, [cut], self.task(method, epochs / 2))
+        else:
+            compact = self.compile(self.initial(), [cut], None)
+            with preserved_random_state(self.seed):
+                _initialize(compact.module)
+            fit(compact.module, self.task(method, epochs), name=method)
+        return self.scores(compact)
+
+    def scores(self, compact: Compact) -> Run:
+        """How good, how large and how fast a model is."""
+        found: dict[str, Any] = {}
+        for name, text in (("validation", self.corpus.validation), ("test", self.corpus.test)):
+            perplexity, accuracy = self.judge(compact.module.eval(), text)
+            found |= {f"{name}_perplexity": perplexity, f"{name}_accuracy": accuracy}
+        report = compact.report
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / name for name in ("dense.onnx", "compact.onnx")]
+            for path, model in zip(paths, (self.dense_untrained, compact), strict=True):
+                model.save_onnx(path)
+            times = latency.compare(*paths, threads=1, sizes=self._sizes(paths[1]))
+        return found | {
+            "sizes": {g.name: g.neurons.after for g in report.groups if not g.frozen},
+            "parameters": [report.parameters_before, report.parameters_after],
+            "macs": [report.macs_before, report.macs_after],
+            "milliseconds": [times.first.median, times.second.median],
+            "speedup": times.speedup,
+        }
+
+    @cached_property
+    def dense_untrained(self) -> Compact:
+        """The whole model as a file is made of it; its weights do not matter for its speed."""
+        return self.compile(self.initial(), [], None)
+
+    def _sizes(self, path: Path) -> Mapping[str, int]:
+        known = latency.measure(path, runs=1).sizes
+        return {name: 35 if "time" in name or name == "tokens_dim_0" else 1 for name in known}
+
+
+def _initialize(model: nn.Module) -> None:
+    """Weights as torch initializes layers of these sizes."""
+    for name, p in model.named_parameters():
+        if name.startswith("embedding"):
+            nn.init.normal_(p)
+        else:
+            width = model.get_parameter("decoder.weight").shape[1]
+            if name.startswith("lstm"):
+                width = model.get_parameter(f"lstm.weight_hh_l{name[-1]}").shape[1]
+            nn.init.uniform_(p, -(width**-0.5), width**-0.5)
+
+
+def missing(experiment: Experiment, methods: Sequence[str], out: Path) -> None:
+    """Make the runs that the file lacks."""
+    setting, seed = experiment.setting, experiment.seed
+    for method in METHODS:
+        known = {r["method"]: r for r in _of(setting, [seed], out)}
+        if method not in methods or method in known:
+            continue
+        sizes = known["l0"]["sizes"] if method in ("magnitude", "small") else {}
+        head = {"setting": asdict(setting), "seed": seed, "method": method}
+        began = time.perf_counter()
+        found = experiment.run(method, sizes)
+        seconds = round(time.perf_counter() - began, 1)
+        add_result(out, {**head, **found, "device": experiment.device, "seconds": seconds})
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Results in Markdown: a row for each method, means over seeds."""
+    rows = []
+    for method in METHODS:
+        of = [r for r in runs if r["method"] == method]
+        if not of:
+            continue
+
+        def cell(key: Callable[[Run], float], form: str, of: list[Run] = of) -> str:
+            return spread([key(r) for r in of], form)
+
+        sizes = sorted({" + ".join(map(str, r["sizes"].values())) for r in of})
+        rows.append(
+            (
+                method,
+                str(len(of)),
+                cell(lambda r: math.log(r["validation_perplexity"]), ".4f"),
+                cell(lambda r: math.log(r["test_perplexity"]), ".4f"),
+                cell(lambda r: r["test_perplexity"], ".3f"),
+                cell(lambda r: 100 * r["test_accuracy"], ".2f"),
+                "; ".join(sizes),
+                cell(lambda r: r["parameters"][1], ",.0f"),
+                cell(lambda r: 100 * r["macs"][1] / r["macs"][0], ".2f"),
+                cell(lambda r: r["milliseconds"][1], ".3f"),
+                cell(lambda r: r["speedup"], ".1f"),
+            )
+        )
+    return markdown(
+        "method|seeds|validation loss|test loss|test perplexity|test accuracy %|"
+        "embedding + units|parameters|MACs left %|ms|times faster",
+        rows,
+    )
+
+
+def _of(setting: Setting, seeds: Sequence[int], out: Path) -> list[Run]:
+    return [r for r in read_results(out) if r["setting"] == asdict(setting) and r["seed"] in seeds]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.table is not None:
+        print(table(read_results(options.table)))
+        return 0
+    setting = QUICK if options.quick else WORDS if options.words else Setting()
+    setting = replace(setting, text="words" if options.words else "characters")
+    given = {n: getattr(options, n) for n in ("width", "tokens", "epochs", "target")}
+    setting = replace(setting, **{n: v for n, v in given.items() if v is not None})
+    if {"magnitude", "small"} & {*options.methods} and "l0" not in options.methods:
+        parser.error("--methods: magnitude and small need l0, whose sizes they are given")
+    try:
+        corpus = read_corpus(options.data, setting.text)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    for seed in options.seeds:
+        name = f"{setting.text}-{setting.width}-{setting.target}-seed-{seed}"
+        folder = options.out.with_suffix("") / name
+        experiment = Experiment(corpus, setting, seed, folder, options.device)
+        missing(experiment, options.methods, options.out)
+    print(table(_of(setting, options.seeds, options.out)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder with the texts")
+    source.add_argument("--table", type=Path, help="only show the results in this file")
+    add("--words", action="store_true", help="Penn Treebank, by words")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="[all]")
+    add("--target", type=float, help="fraction of the operations that is to be left")
+    add("--width", type=int, help="of the model")
+    add("--tokens", type=int, help="of the training text")
+    add("--epochs", type=int, help="of each run")
+    add("--device", default="cpu", help="[cpu]")
+    out_help = "results file [%(default)s]; checkpoints go to a folder beside it"
+    add("--out", type=Path, default=Path("neuron_selection.jsonl"), help=out_help)
+    add("--quick", action="store_true", help="a tiny model, to see that it works")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
