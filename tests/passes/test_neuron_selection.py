@@ -1,0 +1,435 @@
+"""Neuron selection: what gates compute, what they cost, and that hardening changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+import fxprune
+from fxprune.compiler import Prepared
+from fxprune.errors import ConfigError, PreconditionError, TrainingError
+from fxprune.learning.hard_concrete import HardConcrete
+from fxprune.masking.insertion import insert_masks
+from fxprune.passes import Magnitude, NeuronSelection
+from fxprune.passes.neuron_selection import _Selection
+from fxprune.training import Task
+from tests.laws import assert_same
+from tests.zoo import by_name
+
+
+class Tagger(nn.Module):
+    """Linear, two GRU layers, Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.rnn = nn.GRU(6, 8, num_layers=2)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(torch.tanh(self.stem(x)))[0])  # type: ignore[no-any-return]
+
+
+EXAMPLE = torch.zeros(4, 2, 4)
+BATCHES = [torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+
+
+def mse(model: nn.Module, batch: Tensor) -> Tensor:
+    return functional.mse_loss(model(batch), batch[..., :2])
+
+
+def make_task(**options: Any) -> Task:
+    given: dict[str, Any] = {
+        "loss": mse,
+        "train": BATCHES,
+        "validate": lambda m: float(mse(m, BATCHES[0])),
+        "goal": "min",
+        "epochs": 8,
+    }
+    return Task(**(given | options))
+
+
+def tagger() -> Tagger:
+    torch.manual_seed(0)
+    return Tagger()
+
+
+def prepared(options: NeuronSelection, steps: int = 40, model: nn.Module | None = None) -> Prepared:
+    return fxprune.prepare(model or tagger(), options, example_inputs=EXAMPLE, steps=steps)
+
+
+def selection(prepared: Prepared) -> _Selection:
+    learning = prepared._learning
+    assert isinstance(learning, _Selection)
+    return learning
+
+
+def train(prepared: Prepared, steps: range, optimizer: torch.optim.Optimizer) -> None:
+    prepared.module.train()
+    for step in steps:
+        torch.manual_seed(step)  # of the gates' noise
+        optimizer.zero_grad()
+        (mse(prepared.module, BATCHES[step % 8]) + prepared.penalty()).backward()
+        optimizer.step()
+        prepared.step()
+
+
+def adam(prepared: Prepared) -> torch.optim.Optimizer:
+    return torch.optim.Adam(prepared.module.parameters(), 1e-2)
+
+
+# What the gates are -------------------------------------------------------------------------------
+
+
+def test_one_step_by_hand() -> None:
+    """Gradients of gates: of the loss through the scales, and of the penalty."""
+    made = prepared(NeuronSelection(penalty=0.3, rate=0.05), steps=40)
+    learning = selection(made)
+    gates = learning.gates
+    assert isinstance(gates, HardConcrete)
+    assert len(gates.candidates) == 6 + 8 + 8  # stem, first and second layer
+    with torch.no_grad():
+        gates.logits.values.copy_(torch.linspace(-1, 1, 22))
+    a = gates.logits.values.detach().clone().requires_grad_()
+    torch.manual_seed(7)
+    u = torch.rand(22).clamp(1e-6, 1 - 1e-6)
+    s = (torch.sigmoid((u.log() - (1 - u).log() + a) / (2 / 3)) * 1.2 - 0.1).clamp(0, 1)
+    z0, z1, z2 = s.split([6, 8, 8])
+    weights = {n: p.detach() for n, p in made.module.named_parameters()}
+
+    def scaled(layer: int, inputs: Tensor, units: Tensor) -> nn.GRU:
+        return {
+            "weight_ih_l0": weights[f"rnn.weight_ih_l{layer}"] * inputs,
+            "weight_hh_l0": weights[f"rnn.weight_hh_l{layer}"] * units,
+            "bias_ih_l0": weights[f"rnn.bias_ih_l{layer}"],
+            "bias_hh_l0": weights[f"rnn.bias_hh_l{layer}"],
+        }  # type: ignore[return-value]
+
+    x = torch.tanh(functional.linear(BATCHES[0], weights["stem.weight"], weights["stem.bias"]))
+    for layer, inputs, units in ((0, z0, z1), (1, z1, z2)):
+        rnn = nn.GRU(x.shape[-1], 8)
+        x = torch.func.functional_call(rnn, scaled(layer, inputs, units), (x,))[0]  # type: ignore[arg-type]
+    y = functional.linear(x, weights["head.weight"] * z2, weights["head.bias"])
+    loss = functional.mse_loss(y, BATCHES[0][..., :2])
+
+    p0, p1, p2 = torch.sigmoid(a + (2 / 3) * math.log(11)).split([6, 8, 8])
+
+    def square(p: Tensor) -> Tensor:
+        return p.outer(p).sum() - p.square().sum() + p.sum()
+
+    kept = 4 * p0.sum() + 3 * (p0.sum() * p1.sum() + square(p1))
+    kept = kept + 3 * (p1.sum() * p2.sum() + square(p2)) + 2 * p2.sum()
+    penalty = 0.3 * kept / (4 * 6 + 3 * (6 * 8 + 64) + 3 * (64 + 64) + 2 * 8)
+    (loss + penalty).backward()
+
+    made.module.train()
+    torch.manual_seed(7)
+    output = made.module(BATCHES[0])
+    torch.testing.assert_close(output, y, rtol=0, atol=1e-6)
+    found = made.penalty()
+    torch.testing.assert_close(found, penalty, rtol=1e-6, atol=0)
+    (functional.mse_loss(output, BATCHES[0][..., :2]) + found).backward()
+    assert a.grad is not None
+    gradient = gates.logits.values.grad
+    assert gradient is not None
+    torch.testing.assert_close(gradient, a.grad, rtol=1e-4, atol=1e-8)
+    made.step()  # Adam's first step goes by the rate, whatever the gradient
+    moved = gates.logits.values.detach() - a.detach()
+    torch.testing.assert_close(moved, -0.05 * a.grad.sign(), rtol=1e-3, atol=1e-5)
+
+
+def test_gates_begin_open_and_are_random_only_in_training() -> None:
+    model = tagger()
+    module = prepared(NeuronSelection(target=0.5), model=model).module
+    assert torch.equal(module(BATCHES[0]), module(BATCHES[0]))
+    torch.testing.assert_close(module(BATCHES[0]), model(BATCHES[0]), rtol=0, atol=1e-6)
+    module.train()
+    first = module(BATCHES[0])
+    assert not torch.equal(first, module(BATCHES[0]))
+
+
+def test_a_group_keeps_its_best_neuron_in_both_modes() -> None:
+    made = prepared(NeuronSelection(target=0.5))
+    gates = selection(made).gates
+    assert isinstance(gates, HardConcrete)
+    with torch.no_grad():
+        gates.logits.values.fill_(-4.6)
+        gates.logits.values[[2, 9, 20]] = -4.5
+    open_ = torch.zeros(22, dtype=torch.bool)
+    open_[[2, 9, 20]] = True
+    assert torch.equal(gates.settled() > 0, open_)
+    assert bool((gates.moving() > 0).any())
+    compact = made.convert()
+    assert [g.neurons.after for g in compact.report.groups] == [4, 1, 1, 1, 2]
+    made.module.eval()
+    assert_same(made.module, compact.module, (BATCHES[0],), 1e-6)
+
+
+# The whole way ------------------------------------------------------------------------------------
+
+MODELS = (
+    "lstm-two-layer",
+    "bigru-two-layer",
+    "lstm-projected-states",
+    "packed-gru-unsorted",
+    "gru-cell-loop",
+    "tied-character-model",
+    "residual-cnn",
+)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("criterion", ["l0", "group_lasso"])
+@pytest.mark.parametrize("name", MODELS)
+def test_hardened_is_what_was_evaluated(name: str, criterion: Any) -> None:
+    model = by_name(name)
+    torch.manual_seed(0)
+    inputs = model.inputs(model.batch, model.time)
+    options = NeuronSelection(
+        target=0.4, criterion=criterion, scope="all", rate=0.3, cost="parameters"
+    )
+    made = fxprune.prepare(model.build(), options, example_inputs=inputs, steps=12)
+    optimizer = torch.optim.SGD(made.module.parameters(), 0.05)
+    made.module.train()
+    for _ in range(12):
+        output = pytree.tree_leaves(made.module(*inputs))
+        loss = sum(y.float().square().mean() for y in output if isinstance(y, Tensor))
+        optimizer.zero_grad()
+        (loss + made.penalty()).backward()
+        optimizer.step()
+        made.step()
+    learning = selection(made)
+    assert learning.finished
+    made.module.eval()
+    hardened = learning.harden()
+    assert len(hardened.masks.neurons)
+    reference = insert_masks(hardened, learning.neurons).module()
+    assert_same(made.module, reference, inputs, 1e-6)
+    report = made.convert().report
+    assert report.parameters_after <= 0.4 * report.parameters_before
+
+
+@pytest.mark.parametrize("criterion", ["l0", "group_lasso"])
+def test_a_resumed_training_is_the_unbroken_one(criterion: Any) -> None:
+    options = NeuronSelection(target=0.3, criterion=criterion)
+    whole, early, late = (prepared(options) for _ in range(3))
+    train(whole, range(40), adam(whole))
+    first, second = adam(early), adam(late)
+    for stop in (range(17), range(17, 40)):
+        if stop.start:
+            late.module.load_state_dict(early.module.state_dict())
+            second.load_state_dict(first.state_dict())
+            train(late, stop, second)
+        else:
+            train(early, stop, first)
+    expected = whole.module.state_dict()
+    for name, value in late.module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(("cost", "target"), [("macs", 0.5), ("macs", 0.15), ("parameters", 0.6)])
+def test_compile_lands_at_the_target(cost: Any, target: float) -> None:
+    options = NeuronSelection(target=target, cost=cost, scope="all")
+    compact = fxprune.compile(
+        tagger(), options, example_inputs=EXAMPLE, task=make_task(), progress=False
+    )
+    report = compact.report
+    left = (
+        report.macs_after / report.macs_before
+        if cost == "macs"
+        else report.parameters_after / report.parameters_before
+    )
+    assert target - 0.05 < left <= target  # a unit is up to 5%
+    again = fxprune.compile(
+        compact.program, NeuronSelection(target=0.9), task=make_task(epochs=2), progress=False
+    )
+    assert again.report.parameters_after < report.parameters_after
+
+
+def test_a_penalty_closes_more_the_stronger_it_is() -> None:
+    left = [
+        fxprune.compile(
+            tagger(),
+            NeuronSelection(penalty=strength),
+            example_inputs=EXAMPLE,
+            task=make_task(epochs=10),
+            progress=False,
+        ).report.parameters_after
+        for strength in (0.0, 0.3)
+    ]
+    assert left[0] == sum(p.numel() for p in tagger().parameters())
+    assert left[1] < left[0]
+
+
+def test_final_gates_are_the_same_in_both_modes() -> None:
+    made = prepared(NeuronSelection(target=0.3))
+    train(made, range(30), adam(made))
+    assert selection(made).finished
+    assert float(made.penalty()) == 0.0
+    trained = made.module(BATCHES[0])
+    assert torch.equal(made.module(BATCHES[0]), trained)
+    made.module.eval()
+    torch.testing.assert_close(made.module(BATCHES[0]), trained, rtol=0, atol=1e-6)
+
+
+def test_group_lasso_closes_small_neurons_for_good() -> None:
+    made = prepared(NeuronSelection(penalty=0.0, criterion="group_lasso"))
+    learning = selection(made)
+    weight = made.module.get_parameter("head.weight")
+    norm = learning.gates.scores()
+    with torch.no_grad():
+        for name in ("rnn.weight_ih_l1", "rnn.weight_hh_l1"):
+            made.module.get_parameter(name)[[3, 11, 19]] *= 1e-3
+        made.module.get_parameter("rnn.weight_hh_l1")[:, 3] = 0.0
+        weight[:, 3] = 0.0
+    made.step()
+    closed = learning.gates.learned() == 0
+    assert closed.nonzero().flatten().tolist() == [6 + 8 + 3]
+    with torch.no_grad():
+        weight[:, 3] = 10.0
+    made.step()
+    assert torch.equal(learning.gates.learned() == 0, closed)
+    assert float(learning.gates.scores()[17]) > float(norm[17])
+
+
+def test_norm_of_a_neuron_is_that_of_all_it_owns() -> None:
+    made = prepared(NeuronSelection(penalty=0.5, criterion="group_lasso"))
+    p = dict(made.module.named_parameters())
+    total = torch.zeros(())
+    for k in range(6):
+        owned = [p["stem.weight"][k], p["rnn.weight_ih_l0"][:, k]]
+        total = total + torch.cat([v.flatten() for v in owned]).norm()
+    for layer, reader in ((0, "rnn.weight_ih_l1"), (1, "head.weight")):
+        for k in range(8):
+            rows, others = [k, 8 + k, 16 + k], [i for i in range(24) if i % 8 != k]
+            w_hh = p[f"rnn.weight_hh_l{layer}"]
+            owned = [p[f"rnn.weight_ih_l{layer}"][rows], w_hh[rows], w_hh[others][:, k]]
+            total = total + torch.cat([v.flatten() for v in (*owned, p[reader][:, k])]).norm()
+    torch.testing.assert_close(made.penalty(), 0.5 * total, rtol=1e-5, atol=0)
+
+
+# What is left alone, and what is refused ----------------------------------------------------------
+
+
+def test_protected_neurons_have_no_gate() -> None:
+    policy = fxprune.Policy([NeuronSelection(target=0.6)], protect=("rnn.*_l1",))
+    made = fxprune.prepare(tagger(), policy, example_inputs=EXAMPLE, steps=40)
+    learning = selection(made)
+    assert len(learning.gates.candidates) == 6 + 8
+    assert any("protected" in r.reason for r in learning.refusals)
+    train(made, range(40), adam(made))
+    assert [g.neurons.after for g in made.convert().report.groups][3] == 8
+
+
+def test_scope_says_which_neurons_have_gates() -> None:
+    class Longer(Tagger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(super().forward(self.first(x)))  # type: ignore[no-any-return]
+
+    sizes = {
+        scope: len(
+            selection(
+                prepared(NeuronSelection(target=0.5, scope=scope), model=Longer())
+            ).gates.candidates
+        )  # type: ignore[arg-type]
+        for scope in ("recurrent", "all")
+    }
+    assert sizes == {"recurrent": 22, "all": 22 + 4 + 2}
+
+
+def test_other_precisions_and_a_model_in_eval() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        model = tagger().to(dtype).eval()
+        options = NeuronSelection(target=0.4)
+        made = fxprune.prepare(model, options, example_inputs=EXAMPLE[:1, :1].to(dtype), steps=4)
+        optimizer = torch.optim.SGD(made.module.parameters(), 0.1)
+        made.module.train()
+        for batch in BATCHES[:4]:
+            (mse(made.module, batch[:1, :1].to(dtype)) + made.penalty()).backward()
+            optimizer.step()
+            made.step()
+        gates = selection(made).gates
+        assert isinstance(gates, HardConcrete)
+        assert gates.logits.values.dtype == torch.float32
+        compact = made.convert()
+        made.module.eval()
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-12
+        assert_same(made.module, compact.module, (BATCHES[0].to(dtype),), tolerance)
+        assert not model.training
+
+
+def test_a_copy_learns_for_itself() -> None:
+    made = prepared(NeuronSelection(target=0.3))
+    copied = copy.deepcopy(made.module)
+    before = {n: v.clone() for n, v in copied.state_dict().items()}
+    train(made, range(5), adam(made))
+    for name, value in copied.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_passes_follow_in_what_is_left() -> None:
+    policy = [NeuronSelection(target=0.3), Magnitude(0.5, "connection")]
+    compact = fxprune.compile(
+        tagger(), policy, example_inputs=EXAMPLE, task=make_task(), progress=False
+    )
+    assert compact.report.macs_after <= 0.3 * compact.report.macs_before
+    assert compact.report.sparsity > 0.8
+
+
+def test_a_target_below_one_neuron_per_group_is_refused() -> None:
+    with pytest.raises(PreconditionError, match=r"0\.0\d+ of the macs is the least possible") as e:
+        prepared(NeuronSelection(target=0.001))
+    # stem 4, layers 3 * (1 + 1) each, head 2
+    assert f"{math.ceil((4 + 6 + 6 + 2) / 760 * 1e4) / 1e4:g} of" in str(e.value)
+
+
+def test_a_penalty_that_closes_everything_stops(tmp_path: Path) -> None:
+    strong = NeuronSelection(penalty=1e3, rate=0.9)
+    task = make_task(checkpoint=tmp_path)
+    with pytest.raises(TrainingError, match="closed the gate of every neuron") as error:
+        fxprune.compile(tagger(), strong, example_inputs=EXAMPLE, task=task, progress=False)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(TrainingError, match=r"Task\.checkpoint was not given"):
+        fxprune.compile(tagger(), strong, example_inputs=EXAMPLE, task=make_task(), progress=False)
+
+
+def test_nothing_to_select_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="nothing to select"):
+        fxprune.prepare(
+            nn.Linear(3, 2), NeuronSelection(target=0.5), example_inputs=torch.zeros(1, 3), steps=5
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "not neither"),
+        ({"target": 0.5, "penalty": 0.1}, "not both"),
+        ({"target": 1.0}, "'target' of pass 'neuron-selection' must be a number"),
+        ({"target": 0}, "'target' of pass 'neuron-selection' must be a number"),
+        ({"penalty": -1.0}, "'penalty' of pass 'neuron-selection' must be a number"),
+        ({"target": 0.5, "cost": "flops"}, "'cost' of pass 'neuron-selection' must be one of"),
+        ({"target": 0.5, "criterion": "l1"}, "'criterion' of pass"),
+        ({"target": 0.5, "scope": "global"}, "'scope' of pass"),
+        ({"target": 0.5, "drop": 0}, "'drop' of pass"),
+        ({"target": 0.5, "rate": 2}, "'rate' of pass"),
+        ({"target": 0.5, "ramp": 0.9}, "'ramp' and 'end' of pass"),
+        ({"target": 0.5, "end": 1.5}, "'ramp' and 'end' of pass"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NeuronSelection(**options)
