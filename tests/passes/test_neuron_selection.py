@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune.compiler import Prepared
 from fxprune.errors import ConfigError, PreconditionError, TrainingError
+from fxprune.learning.candidates import SCOPES
 from fxprune.learning.hard_concrete import HardConcrete
 from fxprune.masking.insertion import insert_masks
 from fxprune.passes import Magnitude, NeuronSelection
@@ -339,14 +340,10 @@ def test_scope_says_which_neurons_have_gates() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(super().forward(self.first(x)))  # type: ignore[no-any-return]
 
-    sizes = {
-        scope: len(
-            selection(
-                prepared(NeuronSelection(target=0.5, scope=scope), model=Longer())
-            ).gates.candidates
-        )  # type: ignore[arg-type]
-        for scope in ("recurrent", "all")
-    }
+    sizes = {}
+    for scope in SCOPES:
+        made = prepared(NeuronSelection(target=0.5, scope=scope), model=Longer())  # type: ignore[arg-type]
+        sizes[scope] = len(selection(made).gates.candidates)
     assert sizes == {"recurrent": 22, "all": 22 + 4 + 2}
 
 
