@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.analysis import Neurons
 from fxprune.archives import save_archive
@@ -484,18 +485,23 @@ def _onnx_cases(program: Program, module: nn.Module) -> list[OnnxCase]:
     from fxprune.lowering import OnnxCase
 
     cases: list[OnnxCase] = []
+    usual: list[int] | None = None
     for sizes in [example, *candidate_sizes(example)]:
         call = at_sizes(program, sizes)
-        if len(cases) < 5 and _runs(module, call):
-            label = size_label(sizes, names) or "example"
-            cases.append(OnnxCase(label, call[0], call[1]))
+        ranks = _output_ranks(module, call) if len(cases) < 5 else None
+        if ranks is None:
+            continue
+        usual = usual or ranks
+        squeezed = "" if ranks == usual else " (sizes of 1 squeezed away)"
+        cases.append(OnnxCase((size_label(sizes, names) or "example") + squeezed, *call))
     return cases
 
 
-def _runs(module: nn.Module, call: Call) -> bool:
+def _output_ranks(module: nn.Module, call: Call) -> list[int] | None:
+    """How many dimensions each output has; None at sizes that the module does not take."""
     try:
         with torch.no_grad():
-            module(*call[0], **call[1])
+            outputs = module(*call[0], **call[1])
     except (FxpruneError, RuntimeError, ValueError, IndexError):
-        return False
-    return True
+        return None
+    return [t.dim() for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]

@@ -106,8 +106,8 @@ BAD_TEXT = [
     (
         "sensitivity;magnitude{sparsty=0.9}",
         "pass 'magnitude' has no option 'sparsty', at character 23 of policy "
-        "'sensitivity;magnitude{sparsty=0.9}'. Its options are sparsity, structure, scope, norm. "
-        "Did you mean 'sparsity'?",
+        "'sensitivity;magnitude{sparsty=0.9}'. Its options are sparsity, structure, scope, norm, "
+        "round_to. Did you mean 'sparsity'?",
     ),
     (
         "magnitude",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -649,3 +650,32 @@ def test_an_error_in_the_users_forward_is_told() -> None:
 
     with pytest.raises(ConfigError, match="does not run on the example inputs: 'vocabulary'"):
         fxprune.trace(Fails(), X)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_squeezing_everything_can_be_written(batch: int, tmp_path: Path) -> None:
+    """Where the model squeezes sizes of 1 away at run time, the ONNX file does so too."""
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(4, 8, batch_first=True)
+            self.head = nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.gru(x)[0]).squeeze()  # type: ignore[no-any-return]
+
+    model = Scores()
+    example = torch.randn(batch, 5, 4)
+    compact = fxprune.compile(model, Magnitude(0.5), example_inputs=example, progress=False)
+    written = compact.save_onnx(tmp_path / "scores.onnx")
+    assert any("squeezed away" in size for size in written.sizes)
+    session = onnxruntime.InferenceSession(
+        tmp_path / "scores.onnx", providers=["CPUExecutionProvider"]
+    )
+    for time in (1, 3):
+        x = torch.randn(batch, time, 4)
+        expected = compact.module(x).detach().numpy()
+        found = session.run(None, {"x": x.numpy()})[0]
+        assert found.shape == expected.shape
+        assert abs(found - expected).max() < 1e-5
