@@ -63,6 +63,8 @@ class NeuronSelection(LearnedPass):
         criterion: how gates are learned, "l0" (default) or "group_lasso".
         scope: the neurons that get a gate: "recurrent" (default), those of recurrent layers and
             cells and those that feed them, or "all".
+        rows: scale a connection by the gates of both its ends, as the paper does, rather than by
+            that of the neuron it comes from.
         rate: learning rate of hard concrete gates, at which Adam moves ln(p / (1 - p)). None
             (default) for 40 divided by the steps of the training, within [0.01, 0.1].
         drop: the probability p that a hard concrete gate is closed by in the beginning, in (0, 1).
@@ -84,6 +86,7 @@ class NeuronSelection(LearnedPass):
     cost: Literal["macs", "parameters", "milliseconds"] = "macs"
     criterion: Literal["l0", "group_lasso"] = "l0"
     scope: Literal["recurrent", "all"] = "recurrent"
+    rows: bool = False
     rate: float | None = None
     drop: float = 0.05
     threshold: float = 0.1
@@ -104,6 +107,7 @@ class NeuronSelection(LearnedPass):
         check_choice(self, "cost", COSTS)
         check_choice(self, "criterion", ("l0", "group_lasso"))
         check_choice(self, "scope", SCOPES)
+        check_choice(self, "rows", (False, True))
         check_number(self, "ramp", 0, math.inf)
         check_number(self, "end", 0, math.inf)
         if not self.ramp <= self.end <= 1:
@@ -179,7 +183,8 @@ class _Selection(Learning):
         gates.register_buffer("step", torch.zeros((), dtype=torch.int64))
         gates.add_module("budget", self.budget)
         gates.add_module("cost", cost)
-        gated = insert_gates(program, self.neurons, gated=gates.candidates.flags())
+        flags = gates.candidates.flags()
+        gated = insert_gates(program, self.neurons, gated=flags, rows=options.rows)
         self.module = gated.module({GATES: gates})
 
     def penalty(self) -> Tensor:
@@ -222,7 +227,7 @@ class _Selection(Learning):
         trained = with_weights_of(self.program, self.module)
         gates = self.gates.settled().detach()
         scale = torch.cat([self.gates.candidates.spread(gates), gates.new_ones(1)])
-        folded = fold_scales(trained, self.neurons, scale)
+        folded = fold_scales(trained, self.neurons, scale, rows=self.options.rows)
         closed = self.gates.candidates.numbers[gates == 0]
         masks = self.program.masks.cut_neurons(closed)
         return replace(owned(trained, folded), masks=masks)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,7 @@ def insert_gates(
     masked: Collection[str] = (),
     straight_through: bool = False,
     values: bool = False,
+    rows: bool = False,
 ) -> Program:
     """The program with its masks as nodes, and calls of modules that gate and mask.
 
@@ -81,6 +82,8 @@ def insert_gates(
             the value is at hand. It comes to the same, unless gradients go straight through: then
             those of the weights that feed a neuron arrive, instead of those that it feeds. Scales
             must be 0 or 1.
+        rows: scale connections by the neuron that they end at as well, in the weights that
+            :func:`fold_scales` can put that into.
 
     Returns:
         A program that ``module(parts)`` completes; ``parts`` holds the modules called.
@@ -90,6 +93,8 @@ def insert_gates(
     insertion.values = neurons.labels if values else {}
     if gated is not None:
         insertion.add_gates(gated, scaled_blocks(program, neurons))
+    if rows:
+        insertion.rows = frozenset((b.consumer, b.operand) for b in _row_blocks(program, neurons))
     for name in masked:
         insertion.mask_by_module(name)
     return insertion.run(neurons)
@@ -114,20 +119,34 @@ def scaled_blocks(program: Program, neurons: Neurons) -> tuple[Block, ...]:
     )
 
 
-def fold_scales(program: Program, neurons: Neurons, scale: Tensor) -> Mapping[str, Tensor]:
+def _row_blocks(program: Program, neurons: Neurons) -> tuple[Block, ...]:
+    """Those whose weight can take up the scales of its destinations too, the same in all uses."""
+    scaled = scaled_blocks(program, neurons)
+    first = {b.weight: b.destinations for b in reversed(scaled)}
+    other = {b.weight for b in scaled if not torch.equal(b.destinations, first[b.weight])}
+    return tuple(b for b in scaled if b.weight not in other)
+
+
+def fold_scales(
+    program: Program, neurons: Neurons, scale: Tensor, *, rows: bool = False
+) -> Mapping[str, Tensor]:
     """The weights that change when the scales of neurons go into them.
 
     Args:
         program: the program that was gated; its tensors are left as they are.
         neurons: its analysis.
         scale: as the gate module gives it, [count + 1].
+        rows: whether the gates were inserted with ``rows``.
     """
-    folded = {}
-    for block in scaled_blocks(program, neurons):
-        weight = program.tensors[block.weight].detach()
-        gate = scale.to(weight.device)[block.sources.to(weight.device)].to(weight.dtype)
+    ends = {(b.weight, "from"): b.sources for b in scaled_blocks(program, neurons)}
+    if rows:
+        ends |= {(b.weight, "to"): b.destinations for b in _row_blocks(program, neurons)}
+    folded: dict[str, Tensor] = {}
+    for (name, _), ids in ends.items():
+        weight = folded.get(name, program.tensors[name].detach())
+        gate = scale.to(weight.device)[ids.to(weight.device)].to(weight.dtype)
         if not bool((gate == 1).all()):
-            folded[block.weight] = weight * gate
+            folded[name] = weight * gate
     return folded
 
 
@@ -170,6 +189,7 @@ class _GateInsertion(MaskInsertion):
 
     gated: Tensor | None = None
     scaled: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
+    rows: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
     straight_through: bool = False
     values: Mapping[fx.Node, tuple[Tensor, ...]] = field(default_factory=dict)
     scale: fx.Node | None = None
@@ -205,10 +225,12 @@ class _GateInsertion(MaskInsertion):
                 value: Any = consumer.args[0]
                 consumer.update_arg(0, self.multiply(consumer, value, ids))
             return
-        whole = self.whole
-        if (block.consumer, block.operand) in self.scaled:
+        whole, use = self.whole, (block.consumer, block.operand)
+        if use in self.scaled:
             self.whole = self.scale
         super().gate_block(block)
+        if use in self.rows:
+            super().gate_block(replace(block, sources=block.destinations))
         self.whole = whole
 
     def _axes_of_value(self, block: Block) -> tuple[Tensor, ...]:

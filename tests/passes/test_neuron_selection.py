@@ -218,6 +218,28 @@ def test_hardened_is_what_was_evaluated(name: str, criterion: Any) -> None:
     assert report.parameters_after <= 0.4 * report.parameters_before
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("name", ["lstm-two-layer", "gru-cell-loop", "tied-projected-lm"])
+def test_rows_are_scaled_and_folded_too(name: str) -> None:
+    model = by_name(name)
+    torch.manual_seed(0)
+    inputs = model.inputs(model.batch, model.time)
+    built = model.build()
+    outputs = []
+    for rows in (False, True):
+        options = NeuronSelection(target=0.6, scope="all", rows=rows)
+        made = fxprune.prepare(built, options, example_inputs=inputs, steps=12)
+        learning = selection(made)
+        assert isinstance(learning.gates, HardConcrete)
+        with torch.no_grad():
+            learning.gates.logits.values.copy_(torch.linspace(-2.6, 2.6, len(learning.gates.final)))
+        reference = insert_masks(learning.harden(), learning.neurons).module()
+        assert_same(made.module, reference, inputs, 1e-6)
+        assert made.convert().report.parameters_after > 0
+        outputs.append(pytree.tree_leaves(made.module(*inputs))[0])
+    assert float((outputs[0] - outputs[1]).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("criterion", ["l0", "group_lasso"])
 def test_a_resumed_training_is_the_unbroken_one(criterion: Any) -> None:
     options = NeuronSelection(target=0.3, criterion=criterion)
