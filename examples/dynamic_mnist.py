@@ -23,7 +23,7 @@ import argparse
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -40,6 +40,9 @@ from fxprune.masking.structures import STRUCTURES
 from fxprune.passes import DynamicPruning
 from fxprune.progress import track
 from fxprune.training import fit, preserved_random_state
+
+OPTIONS: Mapping[str, Any] = {"scope": "global", "end": 0.5}
+"""Of all passes: all weights or neurons compete, and half of the steps are fine-tuning."""
 
 MIXTURES = ("connection+filter", "row+column", "kernel+neuron")
 SWEEP = {
@@ -104,7 +107,7 @@ class Experiment:
             compact = self.compile(model, fxprune.Policy(()))
             return {"before": before} | self.judge(compact, self.seed == 0)
         given = tuple(sparsity) if isinstance(sparsity, list) else sparsity
-        chosen = DynamicPruning(given, structure, regrow=regrow)
+        chosen = DynamicPruning(given, structure, regrow=regrow, **OPTIONS)
         counts, log = Counts(), logging.getLogger("fxprune")
         log.addHandler(counts)
         log.setLevel(logging.INFO)

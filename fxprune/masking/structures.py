@@ -15,9 +15,9 @@ With a convolution's weight ``V[o, i, r, c]`` (one of any other operation is the
 
 All above the line of ``filter`` mask entries of one weight. ``row`` and ``column`` are those of
 the matrix that the weight is multiplied as: outputs by all else; a recurrent layer's row is that
-of one gate. The next three drop neurons: whatever leaves the neuron goes, its bias with it, on a
-recurrent layer through all gates; neurons that a sum ties together are one. A candidate's score
-is the mean magnitude of its weights.
+of one gate. Rows stay whose neurons must, such as the outputs of the model. The next three drop
+neurons: whatever leaves the neuron goes, its bias with it, on a recurrent layer through all gates;
+neurons that a sum ties together are one. A candidate's score is the mean magnitude of its weights.
 
 Never all go: each group of neurons, and each weight under a position structure, keeps its best.
 
@@ -115,9 +115,18 @@ def make_structure(
         return _Branches(name, len(branches), branches, refusals)
     kernels = _kernel_weights(found)
     dims = tuple(position_dims(w, name, w.name in kernels) for w in found.maskable)
-    measured = [position_scores(w, d, 1)[1] for w, d in zip(found.maskable, dims, strict=True)]
-    able = torch.cat([torch.zeros(0, dtype=torch.bool), *measured])
-    return _Positions(name, len(able), found, dims, able, scope)
+    able = [position_scores(w, d, 1)[1] for w, d in zip(found.maskable, dims, strict=True)]
+    kept: list[Refusal] = []
+    if name == "row":
+        for i, weight in enumerate(found.maskable):
+            fixed = _rows_of_fixed_neurons(weight, dims[i], found)
+            if bool(fixed.any()):
+                able[i] &= ~fixed
+                kept.append(
+                    Refusal(weight.name, f"{int(fixed.sum())} rows stay, as their neurons must")
+                )
+    every = torch.cat([torch.zeros(0, dtype=torch.bool), *able])
+    return _Positions(name, len(every), found, dims, every, scope, tuple(kept))
 
 
 def position_dims(weight: Weight, structure: str, kernel: bool) -> tuple[int, ...]:
@@ -140,6 +149,15 @@ def position_dims(weight: Weight, structure: str, kernel: bool) -> tuple[int, ..
     if structure == "kernel-row":
         return every[:-1]
     return (*every[:-2], every[-1]) if len(every) > 3 else every  # a kernel of one row
+
+
+def _rows_of_fixed_neurons(weight: Weight, dims: tuple[int, ...], found: Prunable) -> Tensor:
+    """Which rows lead to neurons that are to stay: without theirs, an output would be constant."""
+    fixed = torch.zeros([n if d in dims else 1 for d, n in enumerate(weight.tensor.shape)]).bool()
+    for axis in _seen_from("filter", weight, found).axes:
+        if set(_varying(axis)) <= set(dims):
+            fixed |= (axis >= 0) & ~found.neurons.free[axis.clamp(min=0)]
+    return fixed.flatten()
 
 
 def _kernel_weights(found: Prunable) -> frozenset[str]:
@@ -212,6 +230,7 @@ class _Positions(Structure):
     dims: tuple[tuple[int, ...], ...]
     able: Tensor
     scope: str
+    kept: tuple[Refusal, ...]
 
     def scores(self, values: Values) -> Tensor:
         weights = _updated(self.found.maskable, values)
@@ -221,7 +240,7 @@ class _Positions(Structure):
         weights = self.found.maskable
         goes, able = torch.zeros(self.size, dtype=torch.bool), self.able
         if not bool(able.any()):
-            return goes, self.found.kept_weights
+            return goes, (*self.found.kept_weights, *self.kept)
         group = torch.repeat_interleave(torch.tensor([_positions(s) for s in self._shapes()]))
         kinds = sorted({w.connection_class for w in weights})
         classes = torch.tensor([kinds.index(w.connection_class) for w in weights])
@@ -231,7 +250,7 @@ class _Positions(Structure):
             scores[able], rivals[able], group[able], floor, sparsity
         )
         kept = (_best_kept(weights[i].name) for i in floored.nonzero().flatten().tolist())
-        return goes, (*self.found.kept_weights, *kept)
+        return goes, (*self.found.kept_weights, *self.kept, *kept)
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         shapes = self._shapes()

@@ -185,6 +185,8 @@ def test_exactly_as_many_go_as_asked_for(recurrent: Program, name: str, scope: s
         sizes = [3, 4]  # the stem and the units, which are of two classes
     else:
         sizes = [m.numel() for m in structure.masks(torch.ones(structure.size)).values()]
+        if name == "row":
+            sizes[3] = 0  # those of the outputs stay
         if scope == "class":
             sizes = [sizes[0] + sizes[3], *sizes[1:3]]  # stem and head; input; recurrent
     expected = sum(sizes) // 4 if scope == "global" else sum(n // 4 for n in sizes)
@@ -194,12 +196,23 @@ def test_exactly_as_many_go_as_asked_for(recurrent: Program, name: str, scope: s
 def test_what_is_protected_or_masked_does_not_compete(convs: Program) -> None:
     structure, _ = made(convs, "connection", protect=("first.*",))
     assert "first.weight" not in structure.masks(torch.ones(structure.size))
-    head = torch.zeros(5, 3, dtype=torch.bool)
-    head[0] = True
-    given = Program(**(vars(convs) | {"masks": Masks(connections={"head.weight": head})}))
+    second = torch.zeros(3, 4, 2, 3, dtype=torch.bool)
+    second[0] = True
+    given = Program(**(vars(convs) | {"masks": Masks(connections={"second.weight": second})}))
     structure, _ = made(given, "row")
     goes, _ = structure.lowest(torch.zeros(structure.size), 0.9)
-    assert not bool(structure.masks(goes)["head.weight"].any())  # one row is left, and stays
+    assert not bool(structure.masks(goes)["second.weight"].any())  # one row is left, and stays
+
+
+def test_rows_of_the_outputs_stay(convs: Program) -> None:
+    structure, _ = made(convs, "row", scope="global")
+    goes, kept = structure.lowest(torch.zeros(structure.size), 0.9)
+    assert {n: int(m.sum()) for n, m in structure.masks(goes).items()} == {
+        "first.weight": 3,
+        "second.weight": 2,
+        "head.weight": 0,
+    }
+    assert Refusal("head.weight", "5 rows stay, as their neurons must") in kept
 
 
 def test_filters_with_protected_outputs_stay(convs: Program) -> None:
