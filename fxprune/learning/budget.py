@@ -15,11 +15,11 @@ Source: Bertsekas, "Constrained optimization and Lagrange multiplier methods", 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fxprune.learning.precise import Precise
 
 __all__ = ["Budget"]
 
@@ -36,7 +36,7 @@ REACH = 0.5
 """Largest log(f / g) that is answered to in full: from there on the pull grows no more."""
 
 
-class Budget(nn.Module):
+class Budget(Precise):
     """Keeps a cost at or just under a goal that falls to a budget.
 
     All that changes lies in one buffer, which ``state_dict`` saves.
@@ -98,10 +98,3 @@ class Budget(nn.Module):
         excess = math.log(max(float(fraction), 1e-12)) - float(self.state[1])
         self.state[0] += self.rate * max(-REACH, min(REACH, excess))
         self.state[1] = progress * math.log(self.target)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the state, which stays in double precision."""
-        state = self.state.clone()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.state = state.to(self.state.device)
-        return self

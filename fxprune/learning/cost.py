@@ -98,7 +98,10 @@ class Cost(Precise):
             sums = [o[i] if isinstance(o, tuple) else torch.zeros(len(free) + 1) for o in laid_out]
             stacked = torch.stack(sums) if sums else torch.zeros(0, len(free) + 1)
             self.register_buffer(name, stacked.double(), persistent=False)
-        self._written_out = {i: o for i, o in enumerate(laid_out) if isinstance(o, list)}
+        self._written_out = {i: len(o) for i, o in enumerate(laid_out) if isinstance(o, list)}
+        for i, axes in self._written_out.items():
+            for k in range(axes):
+                self.register_buffer(f"axis_{i}_{k}", laid_out[i][k], persistent=False)
         measured = kind == "milliseconds"
         self.register_buffer("prices", _prices(program, parts, kind), persistent=measured)
 
@@ -123,8 +126,8 @@ class Cost(Precise):
         found = (self.first @ p) * (self.second @ p) + (self.first * self.second) @ once
         for part, axes in self._written_out.items():
             product = p.new_ones(())
-            for axis in axes:
-                product = product * p[axis.to(p.device)]
+            for k in range(axes):
+                product = product * p[self.get_buffer(f"axis_{part}_{k}")]
             found = torch.cat([found[:part], product.sum().reshape(1), found[part + 1 :]])
         return found
 

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.learning.candidates import Candidates
 from fxprune.learning.neuron_gates import NeuronGates
+from fxprune.learning.precise import Precise
 from fxprune.masking.prunable import Weight
 from fxprune.program import Kind
 
@@ -53,12 +54,10 @@ class GroupLasso(NeuronGates):
     ) -> None:
         super().__init__(candidates)
         self.threshold = threshold
-        self.weights = tuple(
-            (w.name, w.axes, _meetings(w))
-            for w in weights
-            if program.kinds[w.name] is Kind.PARAMETER
-        )
-        norm = self._norms({w.name: w.tensor.detach() for w in weights}).detach()
+        trained = [w for w in weights if program.kinds[w.name] is Kind.PARAMETER]
+        self.names = tuple(w.name for w in trained)
+        self.weights = nn.ModuleList(_Owned(w) for w in trained)
+        norm = self._norms({w.name: w.tensor for w in weights}).detach()
         self.register_buffer("norm", norm)
         self.register_buffer("open", torch.ones(len(candidates), dtype=torch.bool))
         total, members = (
@@ -81,8 +80,7 @@ class GroupLasso(NeuronGates):
 
     def penalty(self, module: fx.GraphModule) -> Tensor:
         """The sum of the norms of neurons that are open, differentiable."""
-        tensors = {name: module.get_parameter(name) for name, _, _ in self.weights}
-        return self._norms(tensors)[self.open].sum()
+        return self._norms(dict(module.named_parameters()))[self.open].sum()
 
     def measure(self, module: fx.GraphModule) -> Tensor:
         """That sum, as a fraction of what it was."""
@@ -95,35 +93,44 @@ class GroupLasso(NeuronGates):
     @torch.no_grad()
     def update(self, module: fx.GraphModule) -> None:
         """Closes gates whose neurons have become small."""
-        tensors = {name: module.get_parameter(name) for name, _, _ in self.weights}
-        self.norm.copy_(self._norms(tensors))
+        self.norm.copy_(self._norms(dict(module.named_parameters())))
         self.open &= self.norm >= self.threshold * self.reference
 
     def _norms(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The norm of what each candidate owns, [n], in float32."""
-        count = len(self.candidates.living)
-        device = self.candidates.numbers.device
-        squares = torch.zeros(count + 1, device=device)  # the last for positions of no neuron
-        for name, axes, meetings in self.weights:
-            square = tensors[name].float().square()
-            for axis, (places, owners) in zip(axes, meetings, strict=True):
-                dims = [d for d, n in enumerate(axis.shape) if n == 1 and square.shape[d] > 1]
-                sums = square.sum(dims, keepdim=True) if dims else square
-                ids = axis.to(device).expand(sums.shape).flatten() % (count + 1)
-                squares = squares.index_add(0, ids, sums.flatten())
-                if len(places):
-                    twice = square.flatten()[places.to(device)]
-                    squares = squares.index_add(0, owners.to(device), -twice)
-        return (squares[self.candidates.numbers] + EPS).sqrt()
+        numbers, count = self.candidates.numbers, len(self.candidates.living)
+        squares = torch.zeros(count + 1, device=numbers.device)  # the last: of no neuron
+        for name, owned in zip(self.names, self.weights, strict=True):
+            squares = owned(squares, tensors[name])
+        return (squares[numbers] + EPS).sqrt()
 
 
-def _meetings(weight: Weight) -> list[tuple[Tensor, Tensor]]:
-    """For each axis, which entries belong to the same neuron by an earlier one, and to which."""
-    found = []
-    for i, axis in enumerate(weight.axes):
-        same = torch.zeros((), dtype=torch.bool)
-        for earlier in weight.axes[:i]:
-            same = same | ((axis == earlier) & (axis >= 0))
-        places = same.expand(weight.tensor.shape).flatten().nonzero().flatten()
-        found.append((places, axis.expand(weight.tensor.shape).flatten()[places]))
-    return found
+class _Owned(Precise):
+    """Who owns the entries of a weight."""
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.axes = len(weight.axes)
+        for i, axis in enumerate(weight.axes):
+            # Entries that belong to the same neuron by an earlier axis are counted there.
+            same = torch.zeros((), dtype=torch.bool)
+            for earlier in weight.axes[:i]:
+                same = same | ((axis == earlier) & (axis >= 0))
+            places = same.expand(weight.tensor.shape).flatten().nonzero().flatten()
+            owners = axis.expand(weight.tensor.shape).flatten()[places]
+            for name, ids in (("axis", axis), ("places", places), ("owners", owners)):
+                self.register_buffer(f"{name}_{i}", ids, persistent=False)
+
+    def forward(self, squares: Tensor, weight: Tensor) -> Tensor:
+        """Adds the squares of the weight to those of the neurons, [count + 1]."""
+        square = weight.float().square()
+        for i in range(self.axes):
+            axis, places = self.get_buffer(f"axis_{i}"), self.get_buffer(f"places_{i}")
+            dims = [d for d, n in enumerate(axis.shape) if n == 1 and square.shape[d] > 1]
+            sums = square.sum(dims, keepdim=True) if dims else square
+            ids = axis.expand(sums.shape).flatten() % len(squares)
+            squares = squares.index_add(0, ids, sums.flatten())
+            if len(places):
+                counted = square.flatten()[places]
+                squares = squares.index_add(0, self.get_buffer(f"owners_{i}"), -counted)
+        return squares

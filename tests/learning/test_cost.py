@@ -46,6 +46,7 @@ def cut_some(program: Program, neurons: Neurons) -> tuple[Program, Tensor]:
     return replace(program, masks=masks), alive.double()
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_neurons_cost_what_is_counted(model: ZooModel) -> None:
     program, neurons = analysed(model)
