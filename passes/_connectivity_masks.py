@@ -108,6 +108,11 @@ def open_connections(weight: Weight) -> Tensor:
     return found
 
 
+def _unit_step(values: Tensor) -> Tensor:
+    """H(m) in a new tensor; numbers are much faster to multiply by than truth values."""
+    return values.sign().clamp_(min=0)
+
+
 class _Masked(Function):
     """w H(m), whose gradient by m is that of w m, times g'(m)."""
 
@@ -117,25 +122,30 @@ class _Masked(Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, variables)
         ctx.slope = slope
-        masked: Tensor = weight * (variables > 0)
-        return masked
+        return _times(_unit_step(variables), weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, variables = ctx.saved_tensors
-        by_weight = gradient * (variables > 0) if ctx.needs_input_grad[0] else None
+        by_weight = _times(_unit_step(variables), gradient) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return by_weight, None, None
         product = (gradient * weight).to(variables.dtype).sum_to_size(variables.shape)
         return by_weight, product.mul_(ctx.slope(variables)), None
 
 
+def _times(on: Tensor, value: Tensor) -> Tensor:
+    """Their product, in the memory of the first where it fits."""
+    on = on.to(value.dtype)
+    return on.mul_(value) if on.shape == value.shape else on * value
+
+
 class ConnectionMask(nn.Module):
     """Masks one weight, and learns how.
 
-    While it learns, it holds a copy of the weight from each forward to the step that follows, so
-    that connections that are off keep their weights, whatever momentum and decay do to them.
+    While it learns, each forward takes a copy of the weight, for the step that follows: connections
+    that are off keep their weights, whatever momentum and decay do to them.
 
     Args:
         variables: one per connection, shaped like the weight; or one per filter, [filters].
@@ -160,6 +170,7 @@ class ConnectionMask(nn.Module):
         self.register_buffer("sizes", parts.sizes, persistent=False)
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
         self._before: Tensor | None = None
+        self._held = False
 
     @property
     def values(self) -> Tensor:
@@ -175,7 +186,8 @@ class ConnectionMask(nn.Module):
         """The weight where it is on, else 0."""
         values = self.values.detach()
         if torch.is_grad_enabled() and not self.frozen:
-            self._before, values = weight.detach().clone(), self.values
+            values = self.values
+            self._hold(weight)
         spread, slope = self._spread(values), ESTIMATORS[self.estimator]
         masked: Tensor = _Masked.apply(weight, spread, slope)  # type: ignore[no-untyped-call]
         return masked
@@ -183,7 +195,7 @@ class ConnectionMask(nn.Module):
     def kept(self) -> int:
         """How many connections are on."""
         on = self.values > 0
-        return int(on.sum() if self.sizes is None else (on * self.sizes).sum())
+        return int(on.count_nonzero() if self.sizes is None else (on * self.sizes).sum())
 
     def keep(self) -> Tensor:
         """Which connections are on, or masked anyway; bool, shaped like the weight."""
@@ -192,9 +204,15 @@ class ConnectionMask(nn.Module):
 
     def restore(self, weight: Tensor) -> None:
         """Gives connections that are off the weights back that the optimizer found."""
-        if self._before is not None:
-            weight.copy_(torch.where(self._spread(self.values > 0), weight, self._before))
-            self._before = None
+        if self._held and self._before is not None:
+            on = _unit_step(self._spread(self.values)).to(weight.dtype)
+            torch.lerp(self._before, weight, on, out=weight)  # exactly one or the other
+        self._held = False
+
+    def freeze(self) -> None:
+        """Makes the variables final."""
+        self.frozen.fill_(True)
+        self._before = None
 
     def update(self, price: float, *, normalize: bool) -> None:
         """One step of the variables, at a price for each connection that is on."""
@@ -222,13 +240,27 @@ class ConnectionMask(nn.Module):
 
     def _scale(self, gradient: Tensor) -> Tensor:
         """One over the norm of each feature's gradient; 1 where the feature is off as a whole."""
-        squares, on = gradient.square(), (self.values > 0).to(gradient.dtype)
+        norms, highest = gradient.abs(), self.values
         if self.filters is None:
-            squares, on = (t.sum_to_size(self.rows).flatten() for t in (squares, on))
-        sums = squares.new_zeros(2, self.feature_count)
-        sums.index_add_(1, self.features, torch.stack([squares, on]))
+            along = [d for d, n in enumerate(self.rows) if n == 1]
+            if along:
+                norms = torch.linalg.vector_norm(gradient, dim=along)
+                highest = highest.amax(along)
+        on = highest.flatten() > 0
+        sums = gradient.new_zeros(2, self.feature_count)
+        sums[0].index_add_(0, self.features, norms.flatten().square())
+        sums[1].index_add_(0, self.features, on.to(sums.dtype))
         scale = torch.where(sums[1] > 0, 1 / (sums[0].sqrt() + EPSILON), 1.0)[self.features]
         return scale.reshape(self.rows) if self.filters is None else scale
+
+    @torch.no_grad()
+    def _hold(self, weight: Tensor) -> None:
+        """Notes the weight; into the same memory each time, which saves finding some."""
+        held = self._before
+        if held is None or (held.device, held.dtype) != (weight.device, weight.dtype):
+            held = self._before = torch.empty_like(weight)
+        held.copy_(weight)
+        self._held = True
 
     def _spread(self, of_variables: Tensor) -> Tensor:
         """What is said of each variable, broadcastable to the weight."""

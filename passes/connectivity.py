@@ -287,7 +287,7 @@ class _Connectivity(Learning):
             self._keep_highest()
             self._count()
         for mask in self.masks.values():
-            mask.frozen.fill_(True)
+            mask.freeze()
 
     @property
     def _step(self) -> int:

@@ -141,9 +141,9 @@ def test_weights_are_held_only_while_masks_are_learned() -> None:
     assert not any(p is mask.values for p in prepared.module.parameters())
     with torch.no_grad():
         prepared.module(X)
-    assert mask._before is None
+    assert not mask._held
     prepared.module(X).sum().backward()
-    assert mask._before is not None
+    assert mask._held
     prepared.step()
     values = mask.values.clone()
     prepared.module(X).sum().backward()
