@@ -57,7 +57,8 @@ def test_two_processes_learn_what_one_would_of_all_data(
     train(alone, alone.module, both)
     state = ranks[0][name]["reduced"]["state"]
     for key, tensor in state_of(alone).items():
-        torch.testing.assert_close(state[key], tensor, rtol=1e-4, atol=1e-5)
+        # Weights are in double precision, mask variables in single.
+        torch.testing.assert_close(state[key].double(), tensor.double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", POLICIES)

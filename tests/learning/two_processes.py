@@ -25,7 +25,7 @@ from fxprune.learning import MaskVariables
 from fxprune.passes import names
 
 STEPS = 8
-EXAMPLE = torch.zeros(3, 2, 4)
+EXAMPLE = torch.zeros(3, 2, 4, dtype=torch.float64)  # no mask hangs on rounding
 
 POLICIES: Mapping[str, str] = {
     name: text
@@ -54,14 +54,14 @@ class Tagger(nn.Module):
 
 def prepare(policy: str) -> Prepared:
     torch.manual_seed(0)
-    prepared = fxprune.prepare(Tagger(), policy, example_inputs=EXAMPLE, steps=STEPS)
+    prepared = fxprune.prepare(Tagger().double(), policy, example_inputs=EXAMPLE, steps=STEPS)
     prepared.module.train()
     return prepared
 
 
 def batches(rank: int) -> list[Tensor]:
     numbers = torch.Generator().manual_seed(100 + rank)
-    return [torch.randn(3, 2, 4, generator=numbers) for _ in range(STEPS)]
+    return [torch.randn(3, 2, 4, generator=numbers, dtype=torch.float64) for _ in range(STEPS)]
 
 
 def optimizer_of(prepared: Prepared) -> torch.optim.Optimizer:
