@@ -274,12 +274,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = WORDS if options.words else Setting()
         if options.quick:
             setting = replace(QUICK, text=setting.text)
+        if options.search_only:
+            setting = replace(setting, rounds=1, retrain=0, recovery=setting.tolerance)
         try:
             corpus = read_corpus(options.data, setting.text)
         except FileNotFoundError as error:
             parser.error(str(error))
         if "gradual" in options.methods and "joint" not in options.methods:
             parser.error("--methods: gradual needs joint, whose sparsity it is given")
+        if options.search_only and {"sequential", "gradual"} & {*options.methods}:
+            parser.error("--search-only: sequential and gradual need retraining, see --methods")
         for seed in options.seeds:
             folder = options.out.with_suffix("") / f"{setting.text}-{setting.width}-seed-{seed}"
             experiment = Experiment(corpus, setting, seed, folder)
@@ -305,6 +309,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", nargs="*", choices=METHODS, default=searched, help="[all but cma]")
     add("--gradual", type=float, nargs="+", default=[], help="more sparsities for gradual")
     out_help = "results file [%(default)s]; checkpoints go to a folder beside it"
+    only_help = "one search of each method (not sequential, not gradual) and no retraining"
+    add("--search-only", action="store_true", help=only_help)
     add("--out", type=Path, default=Path("stage_wise_lm.jsonl"), help=out_help)
     add("--picture", type=Path, help="draw sparsity and perplexity into this file")
     add("--quick", action="store_true", help="a tiny model, to see that it works")

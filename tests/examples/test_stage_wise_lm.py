@@ -69,6 +69,20 @@ def test_script_keeps_each_run_and_goes_on_behind_the_last(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_searches_alone_are_not_trained_after(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = lm.Setting("characters", 6, 0, 80, 4, 10, 1, 1, 3, 4, 2, 0.5, 0.01)
+    monkeypatch.setattr(lm, "QUICK", quick)
+    out = tmp_path / "runs.jsonl"
+    arguments = ["--data", str(data), "--quick", "--search-only", "--seeds", "3", "--out", str(out)]
+    assert lm.main([*arguments, "--methods", "random"]) == 0
+    random = next(r for r in read_results(out) if r["method"] == "random")
+    assert random["spent"]["epochs"] == 0 and random["sparsity"] > 0
+    with pytest.raises(SystemExit):
+        lm.main([*arguments, "--methods", "sequential"])
+
+
 def test_gradual_needs_a_sparsity_to_be_given(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
