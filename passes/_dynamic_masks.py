@@ -51,12 +51,11 @@ class _Mask(nn.Module):
 
     def __init__(self, weight: Tensor, regrow: bool) -> None:
         super().__init__()
-        self.register_buffer("keep", torch.ones_like(weight, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones_like(weight.detach()))
         self.register_buffer("through", torch.tensor(regrow, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        keep, through = self.keep.to(weight.dtype), self.through.to(weight.dtype)
-        return masked_straight_through(weight, keep, through)
+        return masked_straight_through(weight, self.keep, self.through)
 
 
 class _Gates(nn.Module):
@@ -159,7 +158,7 @@ class FollowingMasks(Learning):
             _LOG.info("%s, %s: %s", self.options.name, name, regrowth)
         trained = with_weights_of(self.program, self.module)
         device = next((t.device for t in trained.tensors.values()), None)
-        keep = {name: self._mask(name).keep.to(device) for name in self.masked}
+        keep = {name: self._mask(name).keep.bool().to(device) for name in self.masked}
         values = {n: trained.tensors[n].detach() * k for n, k in keep.items()}
         masked = {n: k for n, k in keep.items() if k.dim() > 1 and not bool(k.all())}
         masks = self.program.masks.cut_connections(masked)
@@ -195,12 +194,12 @@ class FollowingMasks(Learning):
         """What all structures keep is in."""
         for part in self._parts():
             if isinstance(part, _Mask):
-                part.keep.fill_(True)
+                part.keep.fill_(1)
         for structure, tally in self._tallied():
             keep = tally.keep.cpu()
             for name, mask in structure.masks(keep).items():
                 own = self._mask(name).keep
-                own &= mask.to(own.device)
+                own *= mask.to(own)
         gates = self._gates()
         if gates is not None:
             cut = [s.cut(t.keep.cpu()) for s, t in self._tallied()]
