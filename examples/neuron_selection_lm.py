@@ -289,7 +289,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.table is not None:
-        print(table(read_results(options.table)))
+        runs = read_results(options.table)
+        for setting in dict.fromkeys(Setting(**r["setting"]) for r in runs):
+            values = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
+            print(f"{values}:\n\n{table([r for r in runs if r['setting'] == asdict(setting)])}\n")
         return 0
     setting = QUICK if options.quick else WORDS if options.words else Setting()
     setting = replace(setting, text="words" if options.words else "characters")
@@ -302,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         parser.error(str(error))
     for seed in options.seeds:
-        name = f"{setting.text}-{setting.width}-{setting.target}-seed-{seed}"
+        name = "-".join(map(str, asdict(setting).values())) + f"-seed-{seed}"
         folder = options.out.with_suffix("") / name
         experiment = Experiment(corpus, setting, seed, folder, options.device)
         missing(experiment, options.methods, options.out)
