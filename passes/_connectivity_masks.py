@@ -192,9 +192,9 @@ class ConnectionMask(nn.Module):
         masked: Tensor = _Masked.apply(weight, spread, slope)  # type: ignore[no-untyped-call]
         return masked
 
-    def kept(self) -> int:
-        """How many connections are on."""
-        on = self.values > 0
+    def kept(self, above: float = 0.0) -> int:
+        """How many connections are on, or would be if the step were elsewhere."""
+        on = self.values > above
         return int(on.count_nonzero() if self.sizes is None else (on * self.sizes).sum())
 
     def keep(self) -> Tensor:
@@ -225,11 +225,22 @@ class ConnectionMask(nn.Module):
         gradient.add_(slope if self.sizes is None else slope * self.sizes, alpha=price)
         self.variables.update(gradient)
 
-    def turn(self, on: Tensor) -> None:
-        """Makes these variables, and no others, those that are on."""
+    def keep_above(self, low: float, high: float, left: int) -> int:
+        """Turns variables on that are above ``high``, and no others.
+
+        Of those between ``low`` and ``high`` the first are on as well, while their connections
+        number at most ``left``.
+
+        Returns:
+            How many connections those first ones hold.
+        """
         values = self.values
-        on = on.to(values.device)
+        on, between = values > high, (values > low) & (values <= high)
+        sizes = between if self.sizes is None else between * self.sizes
+        first = between & (sizes.flatten().cumsum(0).reshape(sizes.shape) <= left)
+        on |= first
         values.copy_(torch.where(on, values.clamp(min=ON), values.clamp(max=0)))
+        return int((first * sizes).sum())
 
     def turn_one_on(self) -> None:
         """Puts the highest variable back on."""

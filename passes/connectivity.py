@@ -64,6 +64,9 @@ FIRST_PRICE = 1e-3
 HIGHEST_PRICE = 1.0
 """Where it ends: no normalized gradient is larger."""
 
+BISECTIONS = 64
+"""Halvings after which variables count as equal."""
+
 OVERSHOT = 0.5
 """Of what a target allows, the part below which connections are turned on again."""
 
@@ -267,19 +270,24 @@ class _Connectivity(Learning):
                 mask.turn_one_on()
         return sum(kept)
 
-    def _kept(self) -> list[int]:
-        return [mask.kept() for mask in self.masks.values()]
+    def _kept(self, above: float = 0.0) -> list[int]:
+        return [mask.kept(above) for mask in self.masks.values()]
 
     def _keep_highest(self) -> None:
-        """Turns the highest variables on, as many as the target allows, and no others."""
-        masks = self.masks.values()
-        values = torch.cat([m.values.flatten().cpu() for m in masks])
-        sizes = torch.cat([m.all_sizes.flatten().cpu() for m in masks])
-        order = values.argsort(descending=True, stable=True)
-        on = torch.empty(values.shape, dtype=torch.bool)
-        on[order] = sizes[order].cumsum(0) <= self.allowed
-        for mask, part in zip(masks, on.split([m.values.numel() for m in masks]), strict=True):
-            mask.turn(part.reshape(mask.values.shape))
+        """Turns the highest variables on, as many as the target allows, and no others.
+
+        Where those end is found by bisection: sorting them takes several times their memory.
+        """
+        low, high = -2 * self.options.bound, self.options.bound
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            kept = sum(self._kept(middle))
+            low, high = (middle, high) if kept > self.allowed else (low, middle)
+            if kept == self.allowed:
+                break
+        left = self.allowed - sum(self._kept(high))
+        for mask in self.masks.values():
+            left -= mask.keep_above(low, high, left)
 
     def _freeze(self) -> None:
         """Makes the masks final, at the target where there is one."""

@@ -111,6 +111,18 @@ def test_the_target_is_met(program: Program, target: float, structure: Any) -> N
     assert all(bool(m.any()) for m in masks.values())
 
 
+@pytest.mark.parametrize("structure", ["connection", "filter"])
+def test_the_target_is_met_where_all_variables_are_equal(program: Program, structure: Any) -> None:
+    chosen = SparseConnectivity(target=0.5, structure=structure)
+    prepared = fxprune.prepare(program, chosen, steps=1)
+    (prepared.module(BATCHES[0]).sum() * 0.0).backward()
+    prepared.step()
+    kept = sum(mask_of(prepared, name).kept() for name in SIZES)
+    assert 0.4 * TOTAL < kept <= 0.5 * TOTAL + 6
+    if structure == "connection":
+        assert kept in range(TOTAL - TOTAL // 2, TOTAL - TOTAL // 2 + 4)
+
+
 def test_a_price_removes_more_the_higher_it_is(program: Program) -> None:
     kept = []
     for penalty in (0.0, 0.02, 0.1):
