@@ -18,7 +18,31 @@ from fxprune.weights import like
 from tests.laws import assert_same, at_precision
 from tests.zoo import ZOO, ZooModel
 
-MODELS = [pytest.param(model, id=model.name) for model in ZOO]
+QUICK = {
+    "bigru-two-layer",
+    "lstm-projected-two-layer",
+    "lstm-states-in-out",
+    "packed-bilstm-two-layer",
+    "gru-cell-loop",
+    "manual-lstm",
+    "same-gru-twice",
+    "residual-lstms",
+    "normalized-lstms",
+    "grouped-grus",
+    "luong-decoder",
+    "tied-projected-lm",
+    "tied-character-model",
+    "conv2d-gru",
+    "two-stage-enhancer",
+    "residual-cnn",
+    "transformer-tagger",
+}
+"""What differs most; the others are slow tests."""
+
+MODELS = [
+    pytest.param(model, id=model.name, marks=() if model.name in QUICK else pytest.mark.slow)
+    for model in ZOO
+]
 
 
 class Fixed(nn.Module):
