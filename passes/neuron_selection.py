@@ -185,7 +185,8 @@ class _Selection(Learning):
         gates.add_module("cost", cost)
         flags = gates.candidates.flags()
         gated = insert_gates(program, self.neurons, gated=flags, rows=options.rows)
-        self.module = gated.module({GATES: gates})
+        home = next(t.device for t in program.tensors.values())
+        self.module = gated.module({GATES: gates.to(home)})
 
     def penalty(self) -> Tensor:
         """The penalty of the gates as they are; 0 once they are final."""

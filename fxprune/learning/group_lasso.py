@@ -57,7 +57,7 @@ class GroupLasso(NeuronGates):
         trained = [w for w in weights if program.kinds[w.name] is Kind.PARAMETER]
         self.names = tuple(w.name for w in trained)
         self.weights = nn.ModuleList(_Owned(w) for w in trained)
-        norm = self._norms({w.name: w.tensor for w in weights}).detach()
+        norm = self._norms({w.name: w.tensor.detach().cpu() for w in weights})
         self.register_buffer("norm", norm)
         self.register_buffer("open", torch.ones(len(candidates), dtype=torch.bool))
         total, members = (
