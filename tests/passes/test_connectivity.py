@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.compiler import Prepared
@@ -26,7 +25,6 @@ from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task
 from tests.laws import assert_same
-from tests.zoo import by_name
 
 SIZES = {"stem.weight": 24, "rnn.weight_ih_l0": 90, "rnn.weight_hh_l0": 75, "head.weight": 10}
 TOTAL = sum(SIZES.values())
@@ -234,43 +232,7 @@ def test_frozen_weights_are_masked_and_keep_their_values(program: Program) -> No
     assert torch.equal(after.tensors["head.weight"], frozen)
 
 
-# Hardened equals evaluated while training ---------------------------------------------------------
-
-TRAINABLE = (
-    "lstm-two-layer",
-    "bigru-two-layer",
-    "lstm-projected",
-    "packed-bilstm-two-layer",
-    "gru-cell-loop",
-    "manual-lstm-joint",
-    "tied-character-model",
-    "residual-cnn",
-)
-
-
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("name", TRAINABLE)
-@pytest.mark.parametrize("structure", ["connection", "filter"])
-def test_hardened_computes_what_training_evaluated(name: str, structure: Any) -> None:
-    model = by_name(name)
-    torch.manual_seed(0)
-    inputs = model.inputs(model.batch, model.time)
-    chosen = SparseConnectivity(target=0.4, structure=structure, feature="unit")
-    prepared = fxprune.prepare(model.build(), chosen, example_inputs=inputs, steps=6)
-    optimizer = momentum(prepared.module.parameters())
-    prepared.module.train()
-    for _ in range(6):
-        outputs = pytree.tree_leaves(prepared.module(*model.inputs(model.batch, model.time)))
-        loss = sum(o.square().mean() for o in outputs if o is not None and o.is_floating_point())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        prepared.step()
-    prepared.module.eval()
-    compact = prepared.convert()
-    assert compact.report.sparsity > 0.4
-    for module in (compact.masked, compact.module.eval()):
-        assert_same(prepared.module, module, inputs, 1e-6)
+# Precisions and sizes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
