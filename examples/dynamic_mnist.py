@@ -23,7 +23,7 @@ import argparse
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -36,13 +36,11 @@ import fxprune
 from examples.mnist import MODELS, Mnist, accuracy, make_task, read_mnist
 from examples.result_lines import Run, add_result, markdown, read_results, spread
 from fxprune.latency import measure
+from fxprune.masking.structures import NEURON_STRUCTURES as NEURONS
 from fxprune.masking.structures import STRUCTURES
 from fxprune.passes import DynamicPruning
 from fxprune.progress import track
 from fxprune.training import fit, preserved_random_state
-
-OPTIONS: Mapping[str, Any] = {"scope": "global", "end": 0.5}
-"""Of all passes: all weights or neurons compete, and half of the steps are fine-tuning."""
 
 MIXTURES = ("connection+filter", "row+column", "kernel+neuron")
 SWEEP = {
@@ -107,7 +105,9 @@ class Experiment:
             compact = self.compile(model, fxprune.Policy(()))
             return {"before": before} | self.judge(compact, self.seed == 0)
         given = tuple(sparsity) if isinstance(sparsity, list) else sparsity
-        chosen = DynamicPruning(given, structure, regrow=regrow, **OPTIONS)
+        # Entries compete across all weights, neurons within their layer. Half is fine-tuning.
+        scope = tuple("group" if s in NEURONS else "global" for s in structure.split("+"))
+        chosen = DynamicPruning(given, structure, scope, end=0.5, regrow=regrow)
         counts, log = Counts(), logging.getLogger("fxprune")
         log.addHandler(counts)
         log.setLevel(logging.INFO)

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -65,7 +65,8 @@ class DynamicPruning(LearnedPass):
             "kernel", "row", "column", "filter", "channel", "neuron" or "depth", or a mixture
             joined by "+".
         scope: what competes: "group" (default), each weight or neuron group for itself; "class",
-            each connection class; "global", all. Residual branches always all compete.
+            each connection class; "global", all; in a mixture one for all structures, or one for
+            each. Residual branches always all compete.
         every: steps from one rebuilding of the masks to the next, 10 by default.
         start: when pruning starts, as a fraction of all training steps, 0 by default.
         ramp: how long sparsity grows from 0, likewise; 0 for none. 0.25 by default.
@@ -83,7 +84,7 @@ class DynamicPruning(LearnedPass):
 
     sparsity: float | tuple[float, ...]
     structure: str = "connection"
-    scope: Literal["group", "class", "global"] = "group"
+    scope: str | tuple[str, ...] = "group"
     every: int = 10
     start: float = 0.0
     ramp: float = 0.25
@@ -93,7 +94,6 @@ class DynamicPruning(LearnedPass):
 
     def __post_init__(self) -> None:
         _check_structures(self)
-        check_choice(self, "scope", SCOPES)
         check_choice(self, "regrow", (True, False))
         for option in ("start", "ramp", "end", "hysteresis"):
             check_number(self, option, 0, math.inf)
@@ -118,6 +118,12 @@ class DynamicPruning(LearnedPass):
     def sparsities(self) -> tuple[float, ...]:
         """The sparsity of each structure."""
         given = self.sparsity
+        return given if isinstance(given, tuple) else (given,) * len(self.structures)
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scope of each structure."""
+        given = self.scope
         return given if isinstance(given, tuple) else (given,) * len(self.structures)
 
     def requires(self, program: Program, facts: Facts) -> None:
@@ -150,7 +156,8 @@ class DynamicPruning(LearnedPass):
 
     def _make(self, name: str, program: Program, found: Prunable, facts: Facts) -> Structure:
         protection = protected(program, found.neurons, facts.context.protect)
-        return make_structure(name, program, found, protection, self.scope)
+        scope = self.scopes[self.structures.index(name)]
+        return make_structure(name, program, found, protection, scope)
 
     def reached(self, schedule: Schedule, step: int) -> float:
         """Which part of the sparsity is reached after so many steps, from 0 to 1."""
@@ -168,11 +175,16 @@ def _check_structures(given: DynamicPruning) -> None:
             f"option 'structure' of pass {given.name!r} must be one of {', '.join(STRUCTURES)}, or "
             f"several different ones joined by '+', not {given.structure!r}"
         )
-    many = isinstance(given.sparsity, tuple)
-    if many and len(given.sparsities) != len(named):
+    for option, values in (("sparsity", given.sparsities), ("scope", given.scopes)):
+        if len(values) != len(named):
+            raise ConfigError(
+                f"option {option!r} of pass {given.name!r} has {len(values)} values for "
+                f"{len(named)} structures ({given.structure}): give one for all, or one for each"
+            )
+    if not all(scope in SCOPES for scope in given.scopes):
         raise ConfigError(
-            f"option 'sparsity' of pass {given.name!r} has {len(given.sparsities)} values for "
-            f"{len(named)} structures ({given.structure}): give one for all, or one for each"
+            f"option 'scope' of pass {given.name!r} must be one of {', '.join(SCOPES)}, or one "
+            f"for each structure, not {given.scope!r}"
         )
     for each in given.sparsities:
         number = isinstance(each, int | float) and not isinstance(each, bool)

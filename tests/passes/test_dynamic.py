@@ -397,8 +397,9 @@ def test_every_structure_regrows_in_training(structure: str) -> None:
 
 
 def test_a_mixture_keeps_what_all_its_structures_keep(program: Program) -> None:
-    def masks(structure: str, sparsity: Any) -> Any:
-        return attached(program, DynamicPruning(sparsity, structure, ramp=0.0)).harden().masks
+    def masks(structure: str, sparsity: Any, scope: str = "group") -> Any:
+        options = DynamicPruning(sparsity, structure, scope, ramp=0.0)
+        return attached(program, options).harden().masks
 
     both = masks("connection+row+filter", (0.5, 0.25, 0.4))
     alone = masks("connection", 0.5).connections, masks("row", 0.25).connections
@@ -406,6 +407,13 @@ def test_a_mixture_keeps_what_all_its_structures_keep(program: Program) -> None:
         keep = [m[name] for m in alone if name in m]
         assert torch.equal(both.connections[name], torch.stack(keep).all(0))
     assert torch.equal(both.neurons, masks("filter", 0.4).neurons)
+    scopes = ("global", "group", "class")
+    spread = DynamicPruning((0.5, 0.25, 0.4), "connection+row+filter", scopes, ramp=0.0)
+    found = attached(program, spread).harden().masks
+    everywhere = masks("connection", 0.5, "global").connections["stem.weight"]
+    assert torch.equal(
+        found.connections["stem.weight"], everywhere & masks("row", 0.25).connections["stem.weight"]
+    )
 
 
 def test_one_sparsity_serves_all(program: Program) -> None:
@@ -572,6 +580,7 @@ def test_sparsity_0_masks_nothing(program: Program) -> None:
         ({"structure": "row+row"}, "several different ones joined by"),
         ({"structure": ("row",)}, "'structure' of pass 'dynamic-pruning' must be one of"),
         ({"scope": "layer"}, "'scope' of pass 'dynamic-pruning' must be one of"),
+        ({"scope": ("group", "class")}, "'scope' of pass 'dynamic-pruning' has 2 values"),
         ({"every": 0}, "'every' of pass 'dynamic-pruning' must be an integer"),
         ({"start": 0.6}, "start \\+ ramp <= end <= 1"),
         ({"end": 1.5}, "start \\+ ramp <= end <= 1"),
