@@ -432,7 +432,7 @@ class SomePass(Pass):
     effect = Effect.EXACT
     needs_task: ClassVar[bool] = True
 
-    amount: float
+    amount: float | tuple[float, ...]
     mode: Literal["fast", "slow"] = "fast"
     rounds: int | None = None
 
@@ -444,11 +444,11 @@ class SomePass(Pass):
 def test_a_pass_describes_itself() -> None:
     assert describe(SomePass) == (
         "some-pass: Does nothing at all. Needs a task to train on.\n\n"
-        "| option | kind          | default  | meaning                   |\n"
-        "|--------|---------------|----------|---------------------------|\n"
-        "| amount | number        | required | how much, over two lines. |\n"
-        "| mode   | fast, slow    | fast     | in which way.             |\n"
-        "| rounds | integer, none | none     |                           |"
+        "| option | kind                    | default  | meaning                   |\n"
+        "|--------|-------------------------|----------|---------------------------|\n"
+        "| amount | number, list of numbers | required | how much, over two lines. |\n"
+        "| mode   | fast, slow              | fast     | in which way.             |\n"
+        "| rounds | integer, none           | none     |                           |"
     )
 
 

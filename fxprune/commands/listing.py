@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,8 +74,11 @@ def _words(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return ", ".join(format_value(a) for a in arguments)
-    if type(None) in arguments:
-        return ", ".join([*(_words(a) for a in arguments if a is not type(None)), "none"])
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_words(arguments[0])}s"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        given = [_words(a) for a in arguments if a is not type(None)]
+        return ", ".join(given + ["none"] * (len(given) < len(arguments)))
     names = {float: "number", int: "integer", str: "text", bool: "true, false"}
     return names.get(hint) or str(getattr(hint, "__name__", hint)).replace("typing.", "")
 
