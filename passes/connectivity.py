@@ -23,7 +23,8 @@ by what the loss would do if its connection were switched: one that is off and m
 6. From ``end`` on the masks are final, and the weights that are left are fine-tuned.
 7. Each weight keeps at least one connection (or filter). Biases are left alone.
 
-Source: Tang et al., "Learning sparse connectivity", TNNLS 2022, https://arxiv.org/abs/2201.05020.
+Source: Tang et al., "Automatic sparse connectivity learning for neural networks", TNNLS 2022,
+https://arxiv.org/abs/2201.05020. What a feature is, the control and the last steps are ours.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ FIRST_PRICE = 1e-3
 """What the controlled price begins at."""
 
 HIGHEST_PRICE = 1.0
-"""Where it ends: no normalized gradient is larger."""
+"""What it is at most: no element of a normalized gradient is larger."""
 
 BISECTIONS = 64
 """Halvings after which variables count as equal."""
@@ -87,7 +88,8 @@ class SparseConnectivity(LearnedPass):
             that lead to one output.
         feature: on recurrent weights, whether one gate of a unit is an output of its own, "row"
             (default), or all gates of a unit are one, "unit".
-        normalize: whether gradients are divided by the norm over their feature.
+        normalize: whether gradients are divided by the norm over their feature; they must be under
+            a loss scaler, which leaves those of mask variables scaled.
         rate: how far a mask variable moves in the whole learning under a gradient of 1: the
             learning rate is this over the number of steps, but at most ``initial``.
         initial: where mask variables begin, above 0: all connections are on.
@@ -123,20 +125,25 @@ class SparseConnectivity(LearnedPass):
         if self.penalty is not None:
             check_number(self, "penalty", 0, math.inf)
         else:
-            self._check_positive("target", 1)
+            check_number(self, "target", 0, 1)
+            self._check_positive("target")
         check_choice(self, "estimator", tuple(ESTIMATORS))
         check_choice(self, "structure", ("connection", "filter"))
         check_choice(self, "feature", ("row", "unit"))
         check_choice(self, "normalize", (True, False))
-        self._check_positive("rate", math.inf)
-        self._check_positive("bound", math.inf)
-        self._check_positive("initial", math.nextafter(self.bound, math.inf))
-        self._check_positive("end", math.nextafter(1, math.inf))
+        self._check_positive("rate")
+        self._check_positive("bound")
+        self._check_positive("initial", self.bound)
+        self._check_positive("end", 1)
 
-    def _check_positive(self, option: str, high: float) -> None:
-        check_number(self, option, 0, high)
-        if not getattr(self, option):
-            raise ConfigError(f"option {option!r} of pass {self.name!r} must be more than 0")
+    def _check_positive(self, option: str, most: float = math.inf) -> None:
+        check_number(self, option, 0, math.inf)
+        value = getattr(self, option)
+        if not 0 < value <= most:
+            limit = "" if math.isinf(most) else f" and at most {most:g}"
+            raise ConfigError(
+                f"option {option!r} of pass {self.name!r} must be more than 0{limit}, not {value!r}"
+            )
 
     def attach(self, program: Program, facts: Facts, steps: int) -> Learning:
         """Masks every weight that may be masked, by variables that are all on.

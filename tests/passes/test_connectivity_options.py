@@ -26,10 +26,16 @@ from fxprune.passes import SparseConnectivity
         ({"target": 0.1, "feature": "gate"}, "must be one of row, unit"),
         ({"target": 0.1, "normalize": 1}, "must be one of True, False"),
         ({"target": 0.1, "rate": 0}, "'rate' of pass 'sparse-connectivity' must be more than 0"),
-        ({"target": 0.1, "initial": 2.0}, "'initial' of pass 'sparse-connectivity' must be a num"),
+        (
+            {"target": 0.1, "initial": 2.0},
+            "must be more than 0 and at most 1, not 2",
+        ),
         ({"target": 0.1, "initial": 0}, "'initial' of pass 'sparse-connectivity' must be more"),
         ({"target": 0.1, "bound": math.inf}, "'bound' of pass 'sparse-connectivity' must be a nu"),
-        ({"target": 0.1, "end": 1.5}, "'end' of pass 'sparse-connectivity' must be a number"),
+        (
+            {"target": 0.1, "end": 1.5},
+            "must be more than 0 and at most 1, not 1.5",
+        ),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
