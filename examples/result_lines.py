@@ -33,7 +33,9 @@ def add_result(path: Path, run: Run) -> None:
 def spread(values: Sequence[float], form: str) -> str:
     """Mean, and the sample standard deviation where there are several; ``form`` formats both."""
     text = format(mean(values), form)
-    return f"{text} ± {format(stdev(values), form)}" if len(values) > 1 else text
+    if len(values) == 1:
+        return text
+    return f"{text} ± {format(stdev(values), form.removeprefix('+'))}"
 
 
 def markdown(heads: str, rows: Iterable[Sequence[str]]) -> str:

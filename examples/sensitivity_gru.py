@@ -10,7 +10,7 @@ is taken again. "std", "magnitude" and "random" take the same share of each matr
 
 - the dense model, and the same model trained on for as many epochs as fine-tuning takes (without
   that control, more training would pass for the merit of pruning);
-- a linear regression on the last 10 values, and "all stays as it is".
+- a linear regression on the last 10 values, "all stays as it is", and the mean of the training.
 
 Every run is one line of the results file, written when the run is done; a script that was stopped
 goes on behind the last one. Weights are chosen on validation windows, never on the test windows.
@@ -46,6 +46,7 @@ from examples.time_series import (
     errors,
     linear_forecast,
     persistence,
+    training_mean,
 )
 from fxprune.contract import Context, Facts, Pass
 from fxprune.passes import Magnitude, RandomPruning, Sensitivity
@@ -56,7 +57,7 @@ from fxprune.training import fit, preserved_random_state
 SPARSITIES = (0.95, 0.98, 0.99, 0.993)
 METHODS = ("std", "gradient", "magnitude", "magnitude-global", "random")
 UNFLOORED = "gradient-unfloored"  # rows may go empty, as in the original SNIP
-FLOORS = {"persistence": persistence, "linear": linear_forecast}
+FLOORS = {"mean": training_mean, "persistence": persistence, "linear": linear_forecast}
 HIDDEN = {"lan": 350, "los_loop": 100, "etth1": 100}
 GRADIENT_BATCHES = 32
 
@@ -271,7 +272,7 @@ def _row(run: Run) -> tuple[str, float]:
 
 def _place(method: str, sparsity: float) -> tuple[float, int]:
     """Simple forecasts first, then by sparsity, then by method."""
-    order = ("persistence", "linear", "dense", *METHODS, UNFLOORED)
+    order = (*FLOORS, "dense", *METHODS, UNFLOORED)
     return sparsity, order.index(method)
 
 

@@ -103,6 +103,11 @@ def errors(predicted: Tensor, windows: Windows) -> tuple[float, float]:
     return float(squares.mean().sqrt()), float(by_batch.mean())
 
 
+def training_mean(series: Series) -> Tensor:
+    """Forecasts the mean of each target over the training windows: knows nothing of the input."""
+    return series.train[1].mean(dim=0).expand_as(series.test[1])
+
+
 def persistence(series: Series) -> Tensor:
     """Forecasts that all stays as it is."""
     x, y = series.test

@@ -18,7 +18,7 @@ def test_a_line_cut_short_is_replaced_by_the_next(tmp_path: Path) -> None:
 
 def test_spread_is_the_sample_deviation() -> None:
     assert spread([0.25], ".1%") == "25.0%"
-    assert spread([1.0, 3.0], ".3f") == "2.000 ± 1.414"
+    assert spread([1.0, 3.0], "+.3f") == "+2.000 ± 1.414"
 
 
 def test_table() -> None:

@@ -41,7 +41,8 @@ def test_a_sine_is_forecast_by_its_last_values(data: Path) -> None:
     series = time_series.READERS["lan"](data)
     whole, batches = time_series.errors(time_series.linear_forecast(series), series.test)
     still, _ = time_series.errors(time_series.persistence(series), series.test)
-    assert whole < 0.1 * still
+    unknowing, _ = time_series.errors(time_series.training_mean(series), series.test)
+    assert whole < 0.1 * still < 0.1 * unknowing
     assert batches <= whole
 
 
@@ -84,25 +85,25 @@ def test_runs_are_kept_and_continued(
     lines = out.read_text().splitlines()
     found = [json.loads(line) for line in lines]
     methods = [(r["method"], r["sparsity"]) for r in found]
-    floors = [("persistence", 0.0), ("linear", 0.0)]
+    floors = [("mean", 0.0), ("persistence", 0.0), ("linear", 0.0)]
     assert methods == [*floors, ("dense", 0.0), ("gradient", 0.5)]
-    assert 0.5 <= found[3]["removed"] <= 0.75  # connections of units that died count too
-    assert all(len(r["before"]) == len(r["after"]) == 2 for r in found[2:])
+    assert 0.5 <= found[4]["removed"] <= 0.75  # connections of units that died count too
+    assert all(len(r["before"]) == len(r["after"]) == 2 for r in found[3:])
     shown = capsys.readouterr().out
     assert sensitivity_gru.main(["--table", str(out)]) == 0
     assert capsys.readouterr().out == shown
     rows = [row.split(" | ") for row in shown.splitlines()]
-    names = ["| method", "| ---", "| persistence", "| linear", "| dense", "| gradient"]
+    names = ["| method", "| ---", "| mean", "| persistence", "| linear", "| dense", "| gradient"]
     assert [row[0] for row in rows] == names
-    change = found[3]["after"][0] - found[2]["after"][0]
-    assert rows[5][7] == f"{change:+.4f}"
+    change = found[4]["after"][0] - found[3]["after"][0]
+    assert rows[6][7] == f"{change:+.4f}"
 
     # Killed while the last run was being written: it alone is done again, with the same result.
-    out.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
+    out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:40])
     assert run(data, out, *chosen) == 0
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in found]
-    assert out.read_text().splitlines()[:3] == lines[:3]
+    assert out.read_text().splitlines()[:4] == lines[:4]
 
 
 def test_every_method_becomes_a_pass() -> None:
