@@ -69,7 +69,7 @@ def test_table() -> None:
     ]
     assert sparse_connectivity.result_table(runs).splitlines()[2:] == [
         "| gru | dense |  |  |  | 2 | 98.25 ± 0.00 |  |",
-        "| gru | learned | 90.0% | 90.00% | 1,200 | 2 | 98.25 ± 0.35 | +0.00 ± +0.35 |",
+        "| gru | learned | 90.0% | 90.00% | 1,200 | 2 | 98.25 ± 0.35 | +0.00 ± 0.35 |",
         "| gru | priced | 0.03 | 3.00% | 1,200 | 1 | 97.00 | -1.25 |",
     ]
 
