@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def main() -> None:
     sizes = _Sizes()
     names = ["the user's model", "traced", *_METHODS]
     steps = [_plain(sizes), _traced(sizes), *(_prepared(sizes, p) for p, _ in _METHODS.values())]
-    taken = medians([lambda step=step: cpu_seconds(step) for step in steps], rounds)
+    taken = medians([partial(cpu_seconds, step) for step in steps], rounds)
     ratios = [seconds / taken[0] for seconds in taken]
     show(
         "One training step, LSTM 2 x 650, batch 20, 35 steps",
