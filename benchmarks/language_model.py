@@ -32,7 +32,7 @@ from fxprune.errors import ConfigError
 from fxprune.latency import compare
 
 if TYPE_CHECKING:
-    from fxprune.compiler import Compact
+    from fxprune.compact import Compact
     from fxprune.contract import Facts
     from fxprune.program import Program
 

@@ -40,7 +40,7 @@ import fxprune
 from examples.language_model import Corpus, LanguageModel, Reader, batches, judge, read_corpus
 from examples.result_lines import Run, add_result, markdown, read_results, spread
 from fxprune import latency
-from fxprune.compiler import Compact
+from fxprune.compact import Compact
 from fxprune.contract import Effect, Facts, NeuronAnalysis, Pass, PassResult
 from fxprune.masking.prunable import find_prunable
 from fxprune.masking.scores import neuron_scores

@@ -23,9 +23,11 @@ from fxprune.tracing import packing, recurrent, states  # noqa: E402 - only on a
 
 if TYPE_CHECKING:
     from fxprune.archives import load
-    from fxprune.compiler import Compact, Prepared, compile, prepare
+    from fxprune.compact import Compact
+    from fxprune.compiler import compile
     from fxprune.inspection import View, inspect
     from fxprune.policy import Policy
+    from fxprune.preparing import Prepared, prepare
     from fxprune.program import Program
     from fxprune.report import Report
     from fxprune.tracing.tracer import trace
@@ -52,9 +54,9 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Compact": "compiler",
+    "Compact": "compact",
     "Policy": "policy",
-    "Prepared": "compiler",
+    "Prepared": "preparing",
     "Program": "program",
     "Report": "report",
     "Task": "training",
@@ -62,7 +64,7 @@ _PLACES = {
     "compile": "compiler",
     "inspect": "inspection",
     "load": "archives",
-    "prepare": "compiler",
+    "prepare": "preparing",
     "trace": "tracing.tracer",
 }
 

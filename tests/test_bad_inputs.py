@@ -602,8 +602,8 @@ def test_a_failed_write_leaves_the_old_file(
     "place",
     [
         "fxprune.compiler.run_passes",
-        "fxprune.compiler.compact_program",
-        "fxprune.compiler.verify_programs",
+        "fxprune.compact.compact_program",
+        "fxprune.compact.verify_programs",
         "fxprune.tracing.tracer.import_program",
         "torch.export.export",
     ],

@@ -19,10 +19,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
-from fxprune.compiler import Prepared
 from fxprune.errors import TrainingError
 from fxprune.learning import MaskVariables
 from fxprune.passes import names
+from fxprune.preparing import Prepared
 
 STEPS = 8
 EXAMPLE = torch.zeros(3, 2, 4, dtype=torch.float64)  # no mask hangs on rounding

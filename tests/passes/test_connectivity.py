@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.compiler import Prepared
 from fxprune.contract import Context, Facts, Pass
 from fxprune.errors import ConfigError, PreconditionError, TrainingError
 from fxprune.masking.gating import mask_module_name
 from fxprune.passes import Magnitude, SparseConnectivity
 from fxprune.passes._connectivity_masks import ON, ConnectionMask
 from fxprune.pipeline import Outcome, run_passes
+from fxprune.preparing import Prepared
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.compiler import Prepared
 from fxprune.contract import Facts, NeuronAnalysis
 from fxprune.masking.gating import mask_module_name
 from fxprune.masking.prunable import find_prunable
 from fxprune.passes import SparseConnectivity
 from fxprune.passes._connectivity_masks import ConnectionMask, Partition, partition
 from fxprune.policy import protected
+from fxprune.preparing import Prepared
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 

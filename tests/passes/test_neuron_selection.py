@@ -14,13 +14,13 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.compiler import Prepared
 from fxprune.errors import ConfigError, PreconditionError, TrainingError
 from fxprune.learning.candidates import SCOPES
 from fxprune.learning.hard_concrete import HardConcrete
 from fxprune.masking.insertion import insert_masks
 from fxprune.passes import Magnitude, NeuronSelection
 from fxprune.passes.neuron_selection import _Selection
+from fxprune.preparing import Prepared
 from fxprune.training import Task
 from tests.laws import assert_same
 from tests.zoo import by_name
