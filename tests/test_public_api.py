@@ -31,6 +31,7 @@ SIGNATURES = {
         "(model_or_program, policy, *, example_inputs=None, dynamic_shapes=None, task=None, "
         "steps=None)"
     ),
+    "Compact.rebuild": "(self, model)",
     "Compact.save": "(self, path, *, portable=False)",
     "Compact.save_onnx": "(self, path, *, opset=None)",
     "Prepared.penalty": "(self)",
@@ -41,7 +42,7 @@ SIGNATURES = {
 }
 
 MEMBERS = {
-    "Compact": {"module", "masked", "report", "program", "save", "save_onnx"},
+    "Compact": {"module", "masked", "report", "program", "rebuild", "save", "save_onnx"},
     "Prepared": {"module", "penalty", "step", "convert"},
     "View": {"groups", "blocks", "graph", "refusals"},
     "Report": {
