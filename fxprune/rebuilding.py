@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, PreconditionError, VerificationError
 from fxprune.naming import symbol_names
 from fxprune.program import Kind
-from fxprune.randomness import preserved_random_state
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
-from fxprune.verify import compare_outputs, tolerance_of
+from fxprune.verify import compare_outputs, run_call, tolerance_of
 from fxprune.weights import like
 
 if TYPE_CHECKING:
@@ -181,16 +179,16 @@ def _verify(program: Program, rebuilt: nn.Module) -> None:
     for sizes in candidate_sizes(example)[:4]:
         call = at_sizes(program, sizes)
         try:
-            _run(reference, call)
+            run_call(reference, call)
         except (FxpruneError, RuntimeError, ValueError, IndexError):
             continue  # a size that the program does not take
         _compare(reference, rebuilt, call, size_label(sizes, names))
 
 
 def _compare(reference: nn.Module, rebuilt: nn.Module, call: Call, label: str) -> None:
-    expected = _run(reference, call)
+    expected = run_call(reference, call)
     try:
-        difference = compare_outputs(expected, _run(rebuilt, call))
+        difference = compare_outputs(expected, run_call(rebuilt, call))
     except Exception as error:
         raise VerificationError(
             f"the module's own code does not run with the sizes that were left ({label}): "
@@ -210,9 +208,3 @@ def _compare(reference: nn.Module, rebuilt: nn.Module, call: Call, label: str) -
             max_abs=difference.max_abs,
             max_rel=difference.max_rel,
         )
-
-
-def _run(module: nn.Module, call: Call) -> object:
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
-    with preserved_random_state(0), torch.no_grad():
-        return module(*args, **kwargs)

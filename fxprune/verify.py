@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from fxprune.program import Call, Program
     from fxprune.shrinking.shrink import Shrunk
 
-__all__ = ["Difference", "compare_outputs", "rounding_effect", "tolerance_of", "verify_programs"]
+__all__ = [
+    "Difference",
+    "compare_outputs",
+    "rounding_effect",
+    "run_call",
+    "tolerance_of",
+    "verify_programs",
+]
 
 EQUAL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative tolerance between two programs that must agree, by the precision they compute in."""
@@ -170,7 +177,7 @@ class _Comparison:
     def add(self, label: str, call: Call, *, required: bool = False) -> None:
         """Compares one call; sizes that the masked program rejects are skipped."""
         try:
-            expected = _run(self.masked, call)
+            expected = run_call(self.masked, call)
         except (FxpruneError, RuntimeError, ValueError, IndexError, TypeError) as error:
             if required:
                 raise ConfigError(f"the model does not run on {label}: {error}") from error
@@ -201,7 +208,7 @@ class _Comparison:
         """Rounding alone changes the outputs of a chaotic recurrence: at most 8 steps compare."""
         sizes = {s: min(n, 8) for s, n in example_sizes(self.program).items()}
         call = at_sizes(self.program, sizes)
-        expected = _run(self.masked, call)
+        expected = run_call(self.masked, call)
         return self._difference(call, expected)
 
     def _difference(self, call: Call, expected: Any) -> Difference:
@@ -209,7 +216,7 @@ class _Comparison:
         call = _sliced_leaves(call, self.small.input_slices)
         expected = _sliced_leaves(expected, self.small.output_slices)
         try:
-            result = _run(self.compact, call)
+            result = run_call(self.compact, call)
         except Exception as error:
             raise VerificationError(
                 f"the compact program fails where the masked one runs: {error}. This is a defect "
@@ -233,7 +240,8 @@ def _sliced_leaves(tree: Any, slices: Sequence[Sequence[Tensor | None]]) -> Any:
     return pytree.tree_unflatten(small, structure)
 
 
-def _run(module: nn.Module, call: Call) -> Any:
+def run_call(module: nn.Module, call: Call) -> Any:
+    """Runs a module on clones of a call, without gradients, always with the same random numbers."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
     with preserved_random_state(0), torch.no_grad():
         return module(*args, **kwargs)

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxprune.contract import Facts, NeuronAnalysis, check_choice, check_number
+from fxprune.contract import Facts, NeuronAnalysis, check_choice, check_count, check_number
 from fxprune.errors import ConfigError, PreconditionError
 from fxprune.learning import LearnedPass, Learning, Schedule
 from fxprune.masking.cutting import SCOPES, require_free_neurons
@@ -103,11 +103,7 @@ class DynamicPruning(LearnedPass):
                 f"the training, start + ramp <= end <= 1, not {self.start!r}, {self.ramp!r} and "
                 f"{self.end!r}"
             )
-        if type(self.every) is not int or self.every < 1:
-            raise ConfigError(
-                f"option 'every' of pass {self.name!r} must be an integer, at least 1, "
-                f"not {self.every!r}"
-            )
+        check_count(self, "every")
 
     @property
     def structures(self) -> tuple[str, ...]:

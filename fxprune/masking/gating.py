@@ -52,8 +52,8 @@ _WEIGHTS: Mapping[str, int] = {
 
 
 def mask_module_name(weight: str) -> str:
-    """Name of the module that masks a weight."""
-    return f"_masks_{weight.replace('.', '_')}"
+    """Name of the module that masks a weight; no two weights share one."""
+    return "_masks_" + weight.replace("_", "_u").replace(".", "_d")
 
 
 def insert_gates(

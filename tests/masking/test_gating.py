@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.analysis import Neurons, analyze
-from fxprune.masking.gating import GATES, fold_scales, insert_gates
+from fxprune.masking.gating import GATES, fold_scales, insert_gates, mask_module_name
 from fxprune.masking.insertion import insert_masks
 from fxprune.masking.masks import Masks
 from fxprune.program import Program
@@ -102,3 +102,8 @@ def test_gates_on_values_compute_what_gates_on_weights_do(model: ZooModel) -> No
     )
     inputs = at_precision(model.inputs(model.batch, model.time), torch.float64)
     assert_same(on_weights, on_values, inputs, 1e-12)
+
+
+def test_mask_modules_of_two_weights_never_share_a_name() -> None:
+    names = ["a.b_c", "a_b.c", "a_b_c", "a.b.c", "a._b", "a_.b", "a_d_u"]
+    assert len({mask_module_name(name) for name in names}) == len(names)

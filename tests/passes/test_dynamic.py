@@ -19,6 +19,7 @@ import fxprune
 from fxprune.analysis import analyze
 from fxprune.contract import Context, Facts, Pass
 from fxprune.errors import ConfigError, PreconditionError
+from fxprune.masking.gating import mask_module_name
 from fxprune.masking.insertion import insert_masks
 from fxprune.masking.structures import STRUCTURES
 from fxprune.passes import DynamicPruning, Magnitude
@@ -183,7 +184,7 @@ def test_a_branch_that_goes_leaves_the_shortcut() -> None:
     depth = learning.structures[0]
     assert depth.masks(torch.zeros(depth.size, dtype=torch.bool))
     for name, mask in depth.masks(torch.zeros(depth.size, dtype=torch.bool)).items():
-        learning.module.get_submodule(f"_masks_{name.replace('.', '_')}").keep.copy_(mask)  # type: ignore[operator]
+        learning.module.get_submodule(mask_module_name(name)).keep.copy_(mask)  # type: ignore[operator]
     x = torch.randn(2, 3, 8, 8)
     first = learning.module(x)
     with torch.no_grad():
