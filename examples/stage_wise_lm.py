@@ -16,7 +16,7 @@ dense model is trained; then every method prunes it:
 
 All have as many epochs of training to spend, and all that search as many evaluations. A search may
 worsen the perplexity by ``tolerance``; a round whose retrained model is worse than dense by more
-than ``recovery`` ends it, so all end about as good, and the question is how sparse. Only gradual
+than ``recovery`` is undone, so all end about as good, and the question is how sparse. Only gradual
 has the sparsity given, and the question is how good; ``--gradual`` asks it for others. Beside them
 stand the dense model, and the same trained on for as many epochs ("dense, on").
 
@@ -79,6 +79,7 @@ class Setting:
         generations: of each round's search.
         tolerance: of a search, relative to the dense model's perplexity.
         recovery: of a retrained model, likewise.
+        retries: rounds that may fail to recover before the next ends the run.
     """
 
     text: str = "characters"
@@ -94,6 +95,7 @@ class Setting:
     generations: int = 10
     tolerance: float = 0.3
     recovery: float = 0.01
+    retries: int = 2
 
 
 WORDS = Setting(text="words", tokens=0, batch=20, steps=35, epochs=6, rounds=3)
@@ -156,6 +158,7 @@ def policy(method: str, setting: Setting) -> StageWise:
         generations=setting.generations,
         relative=True,
         recovery=setting.recovery,
+        retries=setting.retries,
         **options,
     )
 

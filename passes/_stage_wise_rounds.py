@@ -66,6 +66,7 @@ class State:
         stage: stages finished.
         round: rounds finished of the present stage.
         stalls: rounds in a row whose search found nothing.
+        setbacks: rounds of the present stage whose model did not recover.
         recovered: rounds, of all stages, whose model recovered.
         ends: why each finished stage ended.
         failure: why the executor was given up.
@@ -77,6 +78,7 @@ class State:
     stage: int = 0
     round: int = 0
     stalls: int = 0
+    setbacks: int = 0
     recovered: int = 0
     ends: list[str] = field(default_factory=list)
     failure: str | None = None
@@ -165,29 +167,43 @@ class Rounds:
                 self._forget(f"{place}-{step}")
 
     def _round(self, evaluator: Evaluator, material: Material, place: str) -> None:
-        state, options = self.state, self.options
+        state = self.state
         found = self._search(evaluator, place)
         state.round += 1
-        end = f"{options.rounds} rounds are done" if state.round == options.rounds else None
-        if found is None:
-            state.stalls += 1
-            if state.stalls == PATIENCE:
-                end = "no candidate that removes more is within the tolerance"
-        else:
-            state.stalls = 0
-            program, metric = self._retrain(found, material, place)
-            recovery = self._within(options.recovery)
-            if recovery.excess(metric) <= 0:
-                self.program, self._keep = program, material.keep(found)
-                state.counts, state.metric = list(found), metric
-                state.recovered += 1
-            else:
-                end = f"with {self._removed(found):.2%} removed it did not recover: the metric was "
-                end += f"{metric:g} where {recovery} was needed"
-        _LOG.info("%s: %s, %s", options.name, place, self.summary())
+        state.stalls = state.stalls + 1 if found is None else 0
+        setback = None if found is None else self._try(found, material, place)
+        _LOG.info("%s: %s, %s", self.options.name, place, setback or self.summary())
+        end = self._end(setback)
         if end is not None:
             state.ends.append(f"ended after round {state.round}, {self.summary()}: {end}")
-            state.stage, state.round, state.stalls = state.stage + 1, 0, 0
+            state.stage += 1
+            state.round = state.stalls = state.setbacks = 0
+
+    def _try(self, counts: Counts, material: Material, place: str) -> str | None:
+        """Retrains a candidate and keeps it if it recovers; else says how far it came."""
+        state, recovery = self.state, self._within(self.options.recovery)
+        program, metric = self._retrain(counts, material, place)
+        if recovery.excess(metric) > 0:
+            state.setbacks += 1
+            return (
+                f"with {self._removed(counts):.2%} removed it did not recover: the metric was "
+                f"{metric:g} where {recovery} was needed"
+            )
+        self.program, self._keep = program, material.keep(counts)
+        state.counts, state.metric = list(counts), metric
+        state.recovered += 1
+        return None
+
+    def _end(self, setback: str | None) -> str | None:
+        """Why the present stage is over; None if it is not."""
+        state, options = self.state, self.options
+        if state.stalls == PATIENCE:
+            return "no candidate that removes more is within the tolerance"
+        if state.setbacks > options.retries:
+            return setback
+        if state.round == options.rounds:
+            return f"{options.rounds} rounds are done" + (f"; {setback}" if setback else "")
+        return None
 
     def summary(self) -> str:
         """What is removed so far, by group, and the metric."""
@@ -204,7 +220,7 @@ class Rounds:
         """The candidate that removes most within the tolerance; None if none removes more."""
         checkpoint = self._checkpoint(f"{place}-search")
         stage, state = self.stages[self.state.stage], self.state
-        tolerance = self._within(self.options.tolerance)
+        tolerance = self._within(self._tolerance())
         low = np.array([state.counts[i] / self.groups[i].size for i in stage.groups])
         high = np.maximum(low, self.options.most)
         high = low + (high - low) * 0.1**state.stalls  # closer, where nothing was found
@@ -229,6 +245,11 @@ class Rounds:
         best = self._counts(stage, search.best.point)
         more = sum(best) > sum(state.counts) and search.best.fitness <= 0
         return best if more else None
+
+    def _tolerance(self) -> float:
+        """What a candidate may be worse by: half as far beyond the recovery after each setback."""
+        least = self.options.recovery
+        return least + (self.options.tolerance - least) * 0.5**self.state.setbacks
 
     def _counts(self, stage: Stage, ratios: Any) -> Counts:
         """Connections that each group loses, never fewer than it has lost."""

@@ -8,7 +8,8 @@ the groups, ``S(x)`` the share removed of all, ``m0`` the unpruned model's metri
 
 A round searches on the present model, masks what weighs least, and retrains under fixed masks;
 the next one starts there and only adds to it. A round whose best epoch is worse than ``m0`` by
-more than ``recovery`` ends the stage, and the last recovered model is the result:
+more than ``recovery`` is undone, and later searches go half as far beyond the recovery; after
+``retries`` of them the next one ends the stage. The last recovered model is the result:
 
     1. ``joint``: all groups are one stage.
     2. ``sequential``: each class is a stage, in the order of ``classes``; the ratios of the others
@@ -85,6 +86,8 @@ class StageWise(Pass):
             all groups; "cma", CMA-ES, which needs the package cma.
         recovery: how much worse than the unpruned model a retrained one may be, in the unit of
             the tolerance and no more than it; 0 (default) as published.
+        retries: how many rounds of a stage may fail to recover before the next ends it; 0 as
+            published.
         grouping: which weights share a ratio: those of a class ("class", default; feedforward ones
             by layer), of a layer ("layer"), or all ("one").
         step: first standard deviation of the search "ncs", as a fraction of the range of ratios
@@ -115,6 +118,7 @@ class StageWise(Pass):
     relative: bool = False
     search: Literal["ncs", "random", "bisection", "cma"] = "ncs"
     recovery: float = 0.0
+    retries: int = 2
     grouping: Literal["class", "layer", "one"] = "class"
     step: float = 0.1
     most: float = 0.999
@@ -131,6 +135,7 @@ class StageWise(Pass):
         check_choice(self, "grouping", ("class", "layer", "one"))
         for option in ("rounds", "population", "generations"):
             self._check_integer(option, 4 if self.search == "cma" and option == "population" else 1)
+        self._check_integer("retries", 0)
         self._check_classes()
         if self.recovery > self.tolerance:
             raise ConfigError(

@@ -230,13 +230,56 @@ def test_the_last_recovered_round_is_kept_with_its_best_epoch(program: Program) 
 
     first = prune(program, stage_wise(rounds=1, search="bisection"))
     task = Task(worse_in_round_two, [(X, Y)], validate, "min", optimizer=adam, epochs=4)
-    options = stage_wise(rounds=3, search="bisection", recovery=0.0)
+    options = stage_wise(rounds=3, search="bisection", recovery=0.0, retries=0)
     both = prune(program, options, task)
     assert calls["fits"] > 4
     assert "did not recover" in both.refusals[0].reason
     assert "ended after round 2" in both.refusals[0].reason
     assert both.program.masks.same_as(first.program.masks)
     assert all(torch.equal(both.program.tensors[n], t) for n, t in first.program.tensors.items())
+
+
+def test_after_a_setback_the_search_goes_half_as_far(program: Program) -> None:
+    found: list[float] = []
+
+    def record(model: nn.Module) -> float:
+        found.append(validate(model))
+        return found[-1]
+
+    def tried(retries: int) -> list[float]:
+        """The metric that each retraining starts from, in multiples of the dense one."""
+        found.clear()
+        options = stage_wise(
+            rounds=4, population=1, generations=12, search="bisection", recovery=0, retries=retries
+        )
+        outcome = prune(program, options, make_task(validate=record, epochs=0))
+        assert outcome.program is program
+        assert "did not recover" in outcome.refusals[0].reason
+        assert f"ended after round {retries + 1}," in outcome.refusals[0].reason
+        return [metric / found[0] for metric in found[13::13]]
+
+    assert len(tried(0)) == 1
+    (first, second, third) = tried(2)
+    assert 1.15 < first <= 1.3
+    assert 1.075 < second <= 1.15
+    assert 1 < third <= 1.075
+
+
+def test_a_round_that_failed_is_tried_again_with_less(program: Program) -> None:
+    fits = {"steps": 0}
+
+    def fails_at_first(model: nn.Module, batch: Any) -> Tensor:
+        fits["steps"] += 1
+        return loss(model, batch) * (1 if fits["steps"] > 4 else -50)
+
+    task = Task(fails_at_first, [(X, Y)], validate, "min", optimizer=adam, epochs=4)
+    options = stage_wise(search="bisection", recovery=0.0)
+    outcome = prune(program, options, task)
+    whole = prune(program, replace(options, rounds=1))
+    assert "ended after round 2" in outcome.refusals[0].reason
+    cut, more = (sum(removed(o.program).values()) for o in (outcome, whole))
+    assert 0 < cut < more
+    assert metric_of(outcome.program) <= metric_of(program)
 
 
 # Groups ------------------------------------------------------------------------------------------
@@ -435,6 +478,7 @@ def test_an_executor_has_no_text_form() -> None:
     [
         ({"tolerance": -0.1}, "'tolerance' .* at least 0, not -0.1"),
         ({"tolerance": math.nan}, "'tolerance'"),
+        ({"retries": -1}, "'retries' .* at least 0, not -1"),
         ({"recovery": 0.5}, "'recovery' .* at most the tolerance 0.3, not 0.5"),
         ({"classes": ("input", "outputs")}, "'classes' .* feedforward, input, recurrent"),
         ({"classes": ()}, "'classes'"),
