@@ -5,20 +5,21 @@
     python -m examples.neuron_selection_lm --table neuron_selection.jsonl
 
 Characters of tinyshakespeare, or with ``--words`` the words of the Penn Treebank and 2x1500. All
-methods train for the same number of steps and, but for ``small``, from the same initial weights:
+methods train for at most as many steps and, but for ``small``, from the same initial weights:
 
 - dense: the whole model;
 - l0: hard concrete gates on embedding channels and units, to a fraction of the dense
-  multiply-accumulate operations, learned while the model trains;
-- lasso: group lasso over the same neurons, to the same fraction;
-- magnitude: dense for half of the steps, then the smallest neurons go at once, as many of each
-  group as l0 left out, then the rest of the steps;
+  multiply-accumulate operations, learned in the first part of the steps; then the gates become
+  weights, the model shrinks, and the compact one trains on;
+- lasso: the same with group lasso;
+- magnitude: dense for the first part, then the smallest neurons go at once, as many of each group
+  as l0 left out, and the compact model trains on;
 - small: a dense model of the sizes that l0 arrived at, from scratch, with weights of its own.
 
-The validation text chooses the epoch, for gates among those at the final size. The test text is
-read once, for the result. Latency is that of the ONNX file in onnxruntime on one CPU thread, for
-one text of 35 tokens, in turns with the dense file. Every run is one line of the results file,
-written when it is done; a script that was stopped goes on behind the last one.
+The validation text chooses the epoch, and ends a training that has been no better for some. The
+test text is read once, for the result. Latency is that of the ONNX file in onnxruntime on one CPU
+thread, for one text of 35 tokens, in turns with the dense file. Every run is one line of the
+results file, written when it is done; a script that was stopped goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ from fxprune.policy import protected
 from fxprune.program import Program
 from fxprune.training import Task, fit, preserved_random_state
 
+CRITERIA: Mapping[str, Literal["l0", "group_lasso"]] = {"l0": "l0", "lasso": "group_lasso"}
 METHODS = ("dense", "l0", "lasso", "magnitude", "small")
 
 
@@ -63,6 +65,8 @@ class Setting:
         batch: parts of a text that are read side by side.
         steps: tokens of each that are read at a time.
         epochs: of training, in all.
+        selecting: the fraction of them before the model shrinks.
+        patience: epochs without progress after which a training ends.
         rate: of Adam.
         target: fraction of the dense multiply-accumulate operations that is to be left.
     """
@@ -73,12 +77,14 @@ class Setting:
     batch: int = 32
     steps: int = 64
     epochs: int = 12
+    selecting: float = 0.25
+    patience: int = 3
     rate: float = 2e-3
     target: float = 0.1
 
 
-WORDS = Setting("words", 1500, 0, 20, 35, 40, 1e-3, 0.06)
-QUICK = Setting("characters", 16, 20_000, 8, 25, 4, 1e-2, 0.3)
+WORDS = Setting("words", 1500, 0, 20, 35, 40, rate=1e-3, target=0.06)
+QUICK = Setting("characters", 16, 20_000, 8, 25, 4, selecting=0.5, rate=1e-2, target=0.3)
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ class Experiment:
             optimizer=lambda p: torch.optim.Adam(p, lr=setting.rate),
             steps=round(epochs * len(train)),
             clip=1.0,
+            patience=setting.patience,
             checkpoint=self.folder / name,
             seed=self.seed,
             device=self.device,
@@ -168,25 +175,25 @@ class Experiment:
             method: see the module.
             sizes: what l0 left of each neuron group, for the methods that are given it.
         """
-        epochs, target = self.setting.epochs, self.setting.target
-        cut = SmallestNeurons(tuple(sizes.items()))
+        setting = self.setting
+        first, rest = setting.epochs * setting.selecting, setting.epochs * (1 - setting.selecting)
         if method == "dense":
             model = self.initial()
-            fit(model, self.task(method, epochs), name=method)
-            compact = self.compile(model, [], None)
-        elif method in ("l0", "lasso"):
-            criterion = "l0" if method == "l0" else "group_lasso"
-            chosen = NeuronSelection(target=target, criterion=criterion)  # type: ignore[arg-type]
-            compact = self.compile(self.initial(), [chosen], self.task(method, epochs))
-        elif method == "magnitude":
-            model = self.initial()
-            fit(model, self.task("magnitude-dense", epochs / 2), name=method)
-            compact = self.compile(model, [cut], self.task(method, epochs / 2))
+            fit(model, self.task(method, setting.epochs), name=method)
+            return self.scores(self.compile(model, [], None))
+        if method in CRITERIA:
+            chosen = NeuronSelection(target=setting.target, criterion=CRITERIA[method])
+            compact = self.compile(self.initial(), [chosen], self.task(f"{method}-gates", first))
         else:
-            compact = self.compile(self.initial(), [cut], None)
-            with preserved_random_state(self.seed):
-                _initialize(compact.module)
-            fit(compact.module, self.task(method, epochs), name=method)
+            model = self.initial()
+            if method == "magnitude":
+                fit(model, self.task("magnitude-dense", first), name=method)
+            compact = self.compile(model, [SmallestNeurons(tuple(sizes.items()))], None)
+            if method == "small":
+                rest = setting.epochs
+                with preserved_random_state(self.seed):
+                    _initialize(compact.module)
+        fit(compact.module, self.task(method, rest), name=method)
         return self.scores(compact)
 
     def scores(self, compact: Compact) -> Run:

@@ -1,6 +1,7 @@
 """The neuron selection example: a small run that is stopped and goes on, and its table."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def data(tmp_path: Path) -> Path:
 def test_script_keeps_each_run_and_goes_on_behind_the_last(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = lm.Setting("characters", 8, 0, 4, 10, 2, 1e-2, 0.5)
+    quick = replace(lm.QUICK, width=8, tokens=0, batch=4, steps=10, epochs=2, target=0.5)
     monkeypatch.setattr(lm, "QUICK", quick)
     out = tmp_path / "runs.jsonl"
     arguments = ["--data", str(data), "--quick", "--seeds", "3", "--out", str(out), "--methods"]
