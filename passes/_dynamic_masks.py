@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxprune.learning import Learning, Schedule
 from fxprune.masking.gating import GATES, insert_gates, mask_module_name, masked_straight_through
 from fxprune.masking.structures import NEURON_STRUCTURES, Structure
+from fxprune.training.checkpoint import tensors_of
 from fxprune.weights import owned, with_weights_of
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class FollowingMasks(Learning):
 
     def _rebuild(self, reached: float) -> None:
         """Scores all candidates on the dense weights and masks the lowest."""
-        values = dict(self.module.named_parameters())
+        values = tensors_of(self.module)
         for (structure, tally), final in zip(self._tallied(), self.options.sparsities, strict=True):
             scores = self._favoured(structure.scores(values), tally.keep.cpu())
             tally.note(~structure.lowest(scores, final * reached)[0])
@@ -207,7 +208,7 @@ class FollowingMasks(Learning):
             gates.whole[torch.cat([self.program.masks.neurons, *cut]).to(gates.whole.device)] = 0
 
     def _kept(self) -> tuple[Refusal, ...]:
-        values = dict(self.module.named_parameters())
+        values = tensors_of(self.module)
         kept = (
             structure.lowest(structure.scores(values), sparsity)[1]
             for structure, sparsity in zip(self.structures, self.options.sparsities, strict=True)

@@ -54,7 +54,7 @@ NEURON_STRUCTURES = ("filter", "channel", "neuron")
 STRUCTURES = ("connection", *POSITION_STRUCTURES, *NEURON_STRUCTURES, "depth")
 
 Values = Mapping[str, Tensor]
-"""The weights as they are at the moment, by name."""
+"""The weights as they are at the moment, by name; buffers that serve as weights among them."""
 
 Selected = tuple[Tensor, tuple[Refusal, ...]]
 """Which candidates go, bool [size], and what stays for a reason other than its score."""

@@ -621,6 +621,30 @@ def test_frozen_weights_are_masked_and_keep_their_values(program: Program) -> No
     assert not after.tensors["head.weight"].requires_grad
 
 
+@pytest.mark.parametrize("structure", ["channel", "row+neuron", "depth"])
+def test_a_buffer_that_serves_as_a_weight_counts_and_stays(structure: str) -> None:
+    class Framed(nn.Module):
+        """A residual branch around a fixed basis, as of a Fourier transform."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.head = nn.Linear(4, 6), nn.Linear(5, 4), nn.Linear(4, 2)
+            self.register_buffer("basis", torch.randn(5, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = functional.linear(self.up(x), self.get_buffer("basis"))
+            return self.head(x + self.down(torch.relu(hidden)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Framed(), torch.randn(3, 4)
+    learning = attached(trace(model, x), DynamicPruning(0.5, structure, ramp=0.0))
+    train(learning, (x,), STEPS)
+    hard = learning.harden()
+    assert "basis" not in hard.masks.connections
+    assert torch.equal(hard.tensors["basis"], model.get_buffer("basis"))
+    assert_same(learning.module, insert_masks(hard, analyze(hard)).module(), (x,), 1e-6)
+
+
 def test_same_seed_same_result_and_nothing_else_changes(program: Program) -> None:
     before = {n: t.detach().clone() for n, t in program.tensors.items()}
     state = torch.get_rng_state()
