@@ -113,6 +113,12 @@ class MaskVariables(nn.Module):
             self.values.grad = gradient.to(self.values)
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Keeps the values leaves, also where tensors are assigned instead of copied."""
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        if not self.values.requires_grad:
+            self.values = self.values.detach().requires_grad_()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self)(
             self.values,

@@ -70,10 +70,12 @@ def test_state_continues_bit_for_bit() -> None:
 
     whole = train(Gated(), 5)
     half = train(Gated(), 3)
-    other = Gated()
+    other, assigned = Gated(), Gated()
     other.load_state_dict(half.state_dict())
+    saved = {name: value.clone() for name, value in half.state_dict().items()}
+    assigned.load_state_dict(saved, assign=True)
     copied = copy.deepcopy(half)
-    for resumed in (train(other, 2), train(copied, 2)):
+    for resumed in (train(other, 2), train(assigned, 2), train(copied, 2)):
         for name, value in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
     assert torch.equal(half.gates.updates, torch.tensor(3.0))  # the copy shares nothing
