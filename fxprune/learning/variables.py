@@ -115,7 +115,7 @@ class MaskVariables(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Keeps the values leaves, also where tensors are assigned instead of copied."""
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
         if not self.values.requires_grad:
             self.values = self.values.detach().requires_grad_()
 
