@@ -212,6 +212,7 @@ class _Selection(Learning):
             TrainingError: the penalty has closed every gate.
         """
         step = self.gates.get_buffer("step").add_(1)
+        self.cost.keep_prices()
         self.gates.update(self.module)
         if self.finished:
             return

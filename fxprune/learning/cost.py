@@ -52,8 +52,9 @@ _WARM_UP, _RUNS = 2, 9
 class Cost(Precise):
     """The cost of a program, by which of its neurons there are.
 
-    Measured prices are a buffer, so that a training that is resumed goes on with them; the
-    processes of a distributed training share the mean of what each measured.
+    Prices are measured anew for each of these, but a training keeps those that it began with, in
+    a buffer (see :meth:`keep_prices`); the processes of a distributed training share the mean of
+    what each measured.
 
     Args:
         program: what it costs. It is run on its example, unless parameters are counted.
@@ -73,7 +74,7 @@ class Cost(Precise):
         50.0
     """
 
-    prices: Tensor
+    kept: Tensor
     free: Tensor
     first: Tensor
     second: Tensor
@@ -102,8 +103,22 @@ class Cost(Precise):
         for i, axes in self._written_out.items():
             for k in range(axes):
                 self.register_buffer(f"axis_{i}_{k}", laid_out[i][k], persistent=False)
-        measured = kind == "milliseconds"
-        self.register_buffer("prices", _prices(program, parts, kind), persistent=measured)
+        prices, measured = _prices(program, parts, kind), kind == "milliseconds"
+        # No buffer: by its buffers a checkpoint tells whether it is of the same training.
+        self._measured = prices if measured else None
+        kept = torch.full_like(prices, math.nan) if measured else prices
+        self.register_buffer("kept", kept, persistent=measured)
+
+    @property
+    def prices(self) -> Tensor:
+        """The price of one entry of each part, float64 [parts]."""
+        if self._measured is None:
+            return self.kept
+        return torch.where(self.kept.isnan(), self._measured.to(self.kept.device), self.kept)
+
+    def keep_prices(self) -> None:
+        """Puts the prices into the state, so that a training that is resumed goes on with them."""
+        self.kept.copy_(self.prices)
 
     @property
     def dense(self) -> float:

@@ -258,6 +258,29 @@ def test_a_resumed_training_is_the_unbroken_one(criterion: Any) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("cost", ["macs", "milliseconds"])
+def test_a_run_that_was_stopped_continues(cost: Any, tmp_path: Path) -> None:
+    """Though milliseconds are measured anew, it is known as the same run."""
+    calls = 0
+
+    def fails_late(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return mse(model, batch)
+
+    def run() -> fxprune.Compact:
+        task = make_task(loss=fails_late, epochs=4, checkpoint=tmp_path)
+        options = NeuronSelection(target=0.5, cost=cost)
+        return fxprune.compile(tagger(), options, example_inputs=EXAMPLE, task=task, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert run().report.parameters_after < 864
+    assert calls == 20 + 16  # two of four epochs were done
+
+
 @pytest.mark.parametrize(("cost", "target"), [("macs", 0.5), ("macs", 0.15), ("parameters", 0.6)])
 def test_compile_lands_at_the_target(cost: Any, target: float) -> None:
     options = NeuronSelection(target=target, cost=cost, scope="all")
