@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fxprune.progress import track
 from fxprune.randomness import preserved_random_state
 from fxprune.training import fit
 from fxprune.training.checkpoint import Checkpoint, digest
+from fxprune.training.step import make_optimizer, settings_of
 from fxprune.weights import owned
 
 if TYPE_CHECKING:
@@ -118,14 +120,15 @@ class Rounds:
         self.state = State([0] * len(groups))
         self._keep: dict[str, Tensor] = {}
         masks = {"neurons": program.masks.neurons, **program.masks.connections}
+        # Made anew for each retraining; here it shows, before the search, that it can be made.
+        optimizer = make_optimizer(self._buffer(), task)
         self._run = {
             "pass": str(options),
             "weights": digest(program.tensors),
             "masks": digest(masks),
-            "goal": task.goal,
-            "seed": str(task.seed),
-        }
-        self._name = f"stage-wise-{digest({**program.tensors, **masks})[:8]}"
+        } | settings_of(task, optimizer)
+        text = f"{options} {self._run['weights']} {self._run['masks']}"
+        self._name = f"stage-wise-{sha256(text.encode()).hexdigest()[:8]}"
 
     def __call__(self) -> None:
         """Goes through all stages.

@@ -22,7 +22,7 @@ from fxprune.randomness import preserved_random_state, random_state, set_random_
 from fxprune.training.checkpoint import Checkpoint, digest, tensors_of
 from fxprune.training.evaluate import evaluate
 from fxprune.training.placement import kept_modes, loader_generators, moved, placed
-from fxprune.training.step import Stepper, make_optimizer
+from fxprune.training.step import Stepper, make_optimizer, settings_of
 from fxprune.training.task import Task
 
 __all__ = ["FitResult", "fit"]
@@ -253,17 +253,10 @@ class _Run:
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint must agree on; the weights tell two fits of one model apart."""
-        task, tensors = self.task, tensors_of(self.module)
-        groups = [
-            {k: v for k, v in group.items() if k != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        options = ("goal", "epochs", "steps", "clip", "patience", "seed")
+        tensors = tensors_of(self.module)
         return {
             "tensors": ", ".join(f"{name}{list(t.shape)}" for name, t in tensors.items()),
             "weights before training": digest(tensors),
-            "optimizer": f"{type(self.optimizer).__name__} {groups}",
-            "batches": str(task.batches),
             "device": str(self.device and self.device.type),
             "keep": self.keep,
-        } | {option: str(getattr(task, option)) for option in options}
+        } | settings_of(self.task, self.optimizer)

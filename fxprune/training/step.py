@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fxprune.errors import ConfigError, TrainingError
 from fxprune.training.task import Task
 
-__all__ = ["Stepper", "make_optimizer"]
+__all__ = ["Stepper", "make_optimizer", "settings_of"]
 
 
 def make_optimizer(module: nn.Module, task: Task) -> Optimizer:
@@ -38,6 +38,16 @@ def make_optimizer(module: nn.Module, task: Task) -> Optimizer:
             "lambda p: torch.optim.SGD(p, lr=0.1)"
         )
     return optimizer
+
+
+def settings_of(task: Task, optimizer: Optimizer) -> dict[str, str]:
+    """What a checkpoint must agree on of how a model is trained, one text per aspect."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    options = ("goal", "epochs", "steps", "clip", "patience", "seed")
+    return {option: str(getattr(task, option)) for option in options} | {
+        "optimizer": f"{type(optimizer).__name__} {groups}",
+        "batches": str(task.batches),
+    }
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,12 +89,32 @@ def test_checkpoints_change_nothing_and_a_finished_run_returns_at_once(
     assert not moments
 
 
-def test_other_options_are_another_run(tmp_path: Path, program: Program) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 8}, "seed: 7 there, 8 here"),
+        ({"epochs": 9}, "epochs: 3 there, 9 here"),
+        ({"optimizer": torch.optim.Adam}, "optimizer: Adam .*'lr': 0.03.* there, .*'lr': 0.001.*"),
+    ],
+)
+def test_a_finished_run_is_no_answer_to_other_training(
+    tmp_path: Path, program: Program, change: dict[str, Any], named: str
+) -> None:
     killed_run.prune(program, tmp_path, lambda what: None)
-    task = killed_run.make_task(tmp_path, lambda what: None)
-    other = StageWise(**{**killed_run.OPTIONS, "tolerance": 0.2})
-    with pytest.raises(ConfigError, match=r"another run \(pass: stage-wise.*tolerance=0.1"):
-        run_passes(program, [other], facts=Facts(program, Context(task)))
-    with pytest.raises(ConfigError, match="seed: 7 there, 8 here"):
-        facts = Facts(program, Context(replace(task, seed=8)))
+    task = replace(killed_run.make_task(tmp_path, lambda what: None), **change)
+    with pytest.raises(ConfigError, match=rf"another run \({named}"):
+        facts = Facts(program, Context(task))
         run_passes(program, [StageWise(**killed_run.OPTIONS)], facts=facts)
+
+
+def test_other_options_have_a_file_of_their_own(tmp_path: Path, program: Program) -> None:
+    """Two passes in one policy start from the same weights where the first finds nothing."""
+    nothing = StageWise(**{**killed_run.OPTIONS, "most": 0.0})
+    passes = [nothing, StageWise(**killed_run.OPTIONS)]
+    task = killed_run.make_task(tmp_path, lambda what: None)
+    outcome = run_passes(program, passes, facts=Facts(program, Context(task)))
+    alone = run_passes(
+        program, passes, facts=Facts(program, Context(replace(task, checkpoint=None)))
+    )
+    assert same(outcome, alone)
+    assert len(list(tmp_path.iterdir())) == 2
