@@ -89,7 +89,7 @@ class Setting:
     batch: int = 32
     steps: int = 64
     epochs: int = 10
-    retrain: int = 1
+    retrain: int = 3
     rounds: int = 6
     population: int = 8
     generations: int = 10
@@ -98,7 +98,7 @@ class Setting:
     retries: int = 2
 
 
-WORDS = Setting(text="words", tokens=0, batch=20, steps=35, epochs=6, rounds=3)
+WORDS = Setting(text="words", tokens=0, batch=20, steps=35, epochs=6, retrain=1, rounds=3)
 QUICK = Setting("characters", 16, 20_000, 2_000, 8, 25, 2, 1, 3, 4, 3)
 
 
