@@ -116,7 +116,7 @@ class LearnedPass(Pass):
             after_step=learning.step,
             penalty=learning.penalty,
             progress=context.progress,
-            name=str(self),  # which checkpoint: one of another schedule would not fit
+            name=_name(self, program),
         )
         if not learning.finished:
             raise TrainingError(
@@ -126,6 +126,15 @@ class LearnedPass(Pass):
         hardened = learning.harden()
         require_agreement(hardened)
         return PassResult(hardened, True, learning.refusals)
+
+
+def _name(pass_: Pass, program: Program) -> str:
+    """Of the training and its checkpoint: with other options, or masks to begin with, another."""
+    masks = program.masks
+    if masks.empty:
+        return str(pass_)
+    masked = sum(int(keep.logical_not().sum()) for keep in masks.connections.values())
+    return f"{pass_} after {len(masks.neurons)} neurons and {masked} connections"
 
 
 def training_steps(task: Task, pass_name: str) -> int:

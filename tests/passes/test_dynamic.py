@@ -516,6 +516,17 @@ def test_twice_in_a_row(program: Program) -> None:
         assert int(twice[name].sum()) == left - left // 2
 
 
+def test_twice_in_a_policy_with_checkpoints(program: Program, tmp_path: Path) -> None:
+    """Each has its own, and both are found again."""
+    facts = Facts(program, Context(make_task(checkpoint=tmp_path)))
+    passes = [DynamicPruning(0.5), DynamicPruning(0.5)]
+    first = run_passes(program, passes, facts=facts).program
+    assert len(list(tmp_path.iterdir())) == 2
+    again = run_passes(program, passes, facts=facts).program
+    assert again.masks.same_as(first.masks)
+    assert all(torch.equal(t, again.tensors[n]) for n, t in first.tensors.items())
+
+
 def test_what_an_earlier_pass_cut_stays_cut(program: Program) -> None:
     cut = run_passes(program, [Magnitude(0.4)]).program
     outcome = prune(cut, DynamicPruning(0.3, "filter", ramp=0.0))
