@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import Tensor, fx, nn
@@ -61,7 +61,8 @@ class Prepared:
     def convert(self) -> Compact:
         """The compact program with masks and weights as they are now.
 
-        Passes that follow the learned one in the policy are applied to what it left.
+        Passes that follow the learned one in the policy are applied to what it left. It can be
+        called at any time; the report says if masks were not final yet.
 
         Raises:
             TrainingError: processes that trained together disagree about the masks.
@@ -77,7 +78,19 @@ class Prepared:
         later = run_passes(hardened, self._later, facts=facts)
         learned = (*outcome.refusals, *self._learning.refusals, *later.refusals)
         whole = Outcome(later.program, learned, (*outcome.log, *later.log))
-        return finish(whole, neurons, self._policy, None)
+        compact = finish(whole, neurons, self._policy, None)
+        if self._learning.finished:
+            return compact
+        note = "masks were not final: step() was called less often than prepare was told"
+        report = replace(compact.report, notes=(*compact.report.notes, note))
+        return replace(compact, report=report)
+
+    def __reduce__(self) -> Never:
+        """Refuses to be pickled or copied: graphs cannot."""
+        raise ConfigError(
+            "what fxprune.prepare returns can be neither copied nor pickled: prepare once more, "
+            "and load prepared.module.state_dict(), which holds all that was learned"
+        )
 
 
 def prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ def test_steps_come_from_a_task_as_well() -> None:
     train(prepared, 1)
     final = prepared.convert().report.by_class
     assert sum(c.after for c in final.values()) < sum(c.after for c in early.values())
+
+
+def test_the_report_says_if_masks_were_not_final() -> None:
+    gradual = GradualMagnitude(0.5, end=1.0)
+    prepared = fxprune.prepare(Tagger(), gradual, example_inputs=EXAMPLE, steps=4)
+    train(prepared, 3)
+    assert any("masks were not final" in note for note in prepared.convert().report.notes)
+    train(prepared, 1)
+    assert prepared.convert().report.notes == ()
+
+
+def test_copies_are_refused() -> None:
+    prepared = fxprune.prepare(Tagger(), GradualMagnitude(0.5), example_inputs=EXAMPLE, steps=8)
+    for copier in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match=r"neither copied nor pickled: .*state_dict\(\)"):
+            copier(prepared)
 
 
 def test_gradients_can_be_looked_at_before_the_loop() -> None:
