@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 __all__ = ["Constraint"]
 
 WORST = 1e6
-"""Fitness of a candidate whose metric is infinite; searches calculate with fitnesses."""
+"""Fitness of a candidate whose metric is infinite or NaN; searches calculate with fitnesses."""
+
+ROUNDING = 1e-9
+"""Of the numbers compared: 0.8 - 0.7 is more than 0.1 in floating point."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,11 @@ class Constraint:
         return self.limit * abs(self.dense) if self.relative else self.limit
 
     def excess(self, metric: float) -> float:
-        """How far a metric is beyond the bound; 0 or less if it is within."""
-        worse = metric - self.dense
-        return (worse if self.goal == "min" else -worse) - self.allowed
+        """How far a metric is beyond the bound; 0 or less if it is within; infinite for NaN."""
+        if math.isnan(metric):
+            return math.inf
+        worse = metric - self.dense if self.goal == "min" else self.dense - metric
+        return worse - self.allowed - ROUNDING * max(abs(self.dense), self.allowed)
 
     def fitness(self, removed: float, metric: float) -> float:
         """What a search minimizes: minus what is removed within the bound, else over 1.

@@ -11,19 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.training import Task, evaluate
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["WHERE", "Counts", "Local", "Material", "Pool"]
-
-WHERE = "validation of a candidate"
+__all__ = ["Counts", "Local", "Material", "Pool", "judge"]
 
 Counts = tuple[int, ...]
 """How many connections each group loses."""
@@ -62,6 +56,11 @@ class Material:
         """Reads it back."""
         content = torch.load(path, map_location="cpu", weights_only=True)
         return cls(content["values"], content["ranks"], tuple(map(tuple, content["groups"])))
+
+
+def judge(module: nn.Module, task: Task) -> float:
+    """The metric of a candidate; NaN, too, is an answer: it is not within any tolerance."""
+    return evaluate(module, task, where="validation of a candidate", allow_nan=True)
 
 
 class _Buffer:
@@ -130,7 +129,7 @@ class Local:
     def __call__(self, counts: Counts) -> float:
         with self._pool.take() as buffer:
             buffer.write(self.material, counts)
-            return evaluate(buffer.module, self._task, where=WHERE)
+            return judge(buffer.module, self._task)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,6 +142,7 @@ class Rounds:
         checkpoint = self._checkpoint("rounds")
         self._resume(checkpoint)
         if self.state.stage == len(self.stages):
+            self._forget_all_but(None)
             return
         with preserved_random_state():
             evaluator = Evaluator(
@@ -163,20 +165,24 @@ class Rounds:
             if math.isnan(state.dense):
                 state.dense = state.metric = self._dense_metric(evaluator)
             place = f"stage-{state.stage + 1}-round-{state.round + 1}"
+            self._forget_all_but(place)
             self._round(evaluator, material, place)
             state.failure = state.failure or evaluator.failure
             self._save(checkpoint)
-            for step in ("search", "retrain"):
-                self._forget(f"{place}-{step}")
+        self._forget_all_but(None)
 
     def _round(self, evaluator: Evaluator, material: Material, place: str) -> None:
         state = self.state
         found = self._search(evaluator, place)
         state.round += 1
-        state.stalls = state.stalls + 1 if found is None else 0
-        setback = None if found is None else self._try(found, material, place)
-        _LOG.info("%s: %s, %s", self.options.name, place, setback or self.summary())
-        end = self._end(setback)
+        if found is None:
+            state.stalls += 1
+            trouble: str | None = "no candidate that removes more is within the tolerance"
+        else:
+            state.stalls = 0
+            trouble = self._try(found, material, place)
+        _LOG.info("%s: %s, %s", self.options.name, place, trouble or self.summary())
+        end = self._end(trouble)
         if end is not None:
             state.ends.append(f"ended after round {state.round}, {self.summary()}: {end}")
             state.stage += 1
@@ -197,15 +203,14 @@ class Rounds:
         state.recovered += 1
         return None
 
-    def _end(self, setback: str | None) -> str | None:
-        """Why the present stage is over; None if it is not."""
+    def _end(self, trouble: str | None) -> str | None:
+        """Why the present stage is over, after a round with some trouble; None if it is not."""
         state, options = self.state, self.options
-        if state.stalls == PATIENCE:
-            return "no candidate that removes more is within the tolerance"
-        if state.setbacks > options.retries:
-            return setback
+        if state.stalls == PATIENCE or state.setbacks > options.retries:
+            return trouble
         if state.round == options.rounds:
-            return f"{options.rounds} rounds are done" + (f"; {setback}" if setback else "")
+            count = f"{options.rounds} rounds are" if options.rounds > 1 else "one round is"
+            return f"{count} done" + (f"; {trouble}" if trouble else "")
         return None
 
     def summary(self) -> str:
@@ -227,6 +232,8 @@ class Rounds:
         low = np.array([state.counts[i] / self.groups[i].size for i in stage.groups])
         high = np.maximum(low, self.options.most)
         high = low + (high - low) * 0.1**state.stalls  # closer, where nothing was found
+        if not (high > low).any():
+            return None
         search = self.options.new_search(low, high, (self.task.seed, state.stage, state.round))
         saved = None if checkpoint is None else checkpoint.load()
         if saved is not None:
@@ -266,7 +273,7 @@ class Rounds:
 
     def _dense_metric(self, evaluator: Evaluator) -> float:
         metric = evaluator([tuple(self.state.counts)])[0]
-        if math.isinf(metric):
+        if not math.isfinite(metric):
             raise TrainingError(
                 f"Task.validate returned {metric} for the unpruned model: there is nothing to "
                 "compare pruned ones with. Train the model first, or use another metric."
@@ -332,11 +339,13 @@ class Rounds:
             program = owned(self.entry, content["weights"])
             self.program = replace(program, masks=self._masks(self._keep))
 
-    def _forget(self, step: str) -> None:
-        """Removes the file of a step whose result the state holds."""
-        checkpoint = self._checkpoint(step)
-        if checkpoint is not None:
-            checkpoint.path.unlink(missing_ok=True)
+    def _forget_all_but(self, place: str | None) -> None:
+        """Removes the files of rounds whose results the state holds, also of a killed run."""
+        if self.task.checkpoint is None:
+            return
+        for file in Path(self.task.checkpoint).glob(f"{self._name}-stage-*"):
+            if place is None or not file.name.startswith(f"{self._name}-{place}-"):
+                file.unlink(missing_ok=True)
 
 
 def _named(tensors: Iterator[tuple[str, Tensor]], program: Program) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fxprune.archives import load, save_archive
 from fxprune.errors import ConfigError, FxpruneError, PreconditionError
-from fxprune.passes._stage_wise_evaluation import WHERE, Counts, Local, Material, Pool
+from fxprune.passes._stage_wise_evaluation import Counts, Local, Material, Pool, judge
 from fxprune.program import Program
 from fxprune.search.spreading import Spread, needs_pickle
-from fxprune.training import Task, evaluate
+from fxprune.training import Task
 
 __all__ = ["Evaluator"]
 
@@ -115,7 +115,7 @@ class Remote:
         task = Task(_no_loss, (None,), self.validate, self.goal, seed=self.seed)
         with _archived(self.archive, self.device).take() as buffer:
             buffer.write(_material(self.material), counts)
-            return evaluate(buffer.module, task, where=WHERE)
+            return judge(buffer.module, task)
 
     def check(self, pass_name: str) -> None:
         """Refuses what cannot be sent to another process.

@@ -44,6 +44,7 @@ from fxprune.contract import (
     PassResult,
     Refusal,
     check_choice,
+    check_count,
     check_number,
 )
 from fxprune.errors import ConfigError
@@ -134,8 +135,8 @@ class StageWise(Pass):
         check_choice(self, "search", ("ncs", "random", "bisection", "cma"))
         check_choice(self, "grouping", ("class", "layer", "one"))
         for option in ("rounds", "population", "generations"):
-            self._check_integer(option, 4 if self.search == "cma" and option == "population" else 1)
-        self._check_integer("retries", 0)
+            check_count(self, option, 4 if (self.search, option) == ("cma", "population") else 1)
+        check_count(self, "retries", 0)
         self._check_classes()
         if self.recovery > self.tolerance:
             raise ConfigError(
@@ -220,14 +221,6 @@ class StageWise(Pass):
             reason = f"failed, the search went on in process: {state.failure}"
             told.append(Refusal(f"{self.name}, executor", reason))
         return told
-
-    def _check_integer(self, option: str, low: int) -> None:
-        value = getattr(self, option)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ConfigError(
-                f"option {option!r} of pass {self.name!r} must be an integer of at least {low}, "
-                f"not {value!r}"
-            )
 
     def _check_classes(self) -> None:
         given = self.classes

@@ -24,6 +24,7 @@ from fxprune.masking.insertion import insert_masks
 from fxprune.masking.masks import Masks
 from fxprune.masking.prunable import find_prunable
 from fxprune.masking.ratios import ratio_groups
+from fxprune.passes._stage_wise_constraint import Constraint
 from fxprune.passes.magnitude import Magnitude
 from fxprune.passes.stage_wise import StageWise
 from fxprune.pipeline import Outcome, run_passes
@@ -282,6 +283,37 @@ def test_a_round_that_failed_is_tried_again_with_less(program: Program) -> None:
     assert metric_of(outcome.program) <= metric_of(program)
 
 
+def test_a_limit_may_be_reached_and_rounding_does_not_count() -> None:
+    """0.8 - 0.7 is more than 0.1 in floating point, and 0.4 - 0.3 less than 0.1."""
+    for dense, metric in ((0.8, 0.7), (0.4, 0.3), (-0.3, -0.4), (95.1, 95.0)):
+        floor = Constraint(dense, "max", 0.1, relative=False)
+        assert floor.fitness(0.5, metric) == -0.5
+        assert floor.fitness(0.5, metric - 1e-6) > 1
+        ceiling = Constraint(metric, "min", 0.1, relative=False)
+        assert ceiling.fitness(0.5, dense) == -0.5
+        assert ceiling.fitness(0.5, dense + 1e-6) > 1
+
+
+def test_the_only_round_that_finds_nothing_says_so(program: Program) -> None:
+    outcome = prune(program, stage_wise(tolerance=0, recovery=0, rounds=1, search="random"))
+    assert outcome.program is program
+    assert outcome.refusals[0].reason.endswith(
+        "one round is done; no candidate that removes more is within the tolerance"
+    )
+
+
+def test_where_no_more_may_go_nothing_is_evaluated(program: Program) -> None:
+    calls: list[float] = []
+
+    def record(model: nn.Module) -> float:
+        calls.append(validate(model))
+        return calls[-1]
+
+    outcome = prune(program, stage_wise(most=0.0), make_task(validate=record))
+    assert outcome.program is program
+    assert len(calls) == 1
+
+
 # Groups ------------------------------------------------------------------------------------------
 
 
@@ -486,7 +518,7 @@ def test_an_executor_has_no_text_form() -> None:
         ({"classes": ("input", "input")}, "'classes' .* each once"),
         ({"order": "parallel"}, "'order' .* joint, sequential"),
         ({"order": "sequential", "grouping": "layer"}, "'grouping' .* must be class"),
-        ({"rounds": 0}, "'rounds' .* integer of at least 1"),
+        ({"rounds": 0}, "'rounds' .* integer, at least 1"),
         ({"generations": 2.5}, "'generations' .* integer"),
         ({"search": "cma", "population": 3}, "'population' .* at least 4"),
         ({"search": "grid"}, "'search'"),
@@ -507,7 +539,7 @@ def test_no_task(program: Program) -> None:
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (lambda model: math.nan, TrainingError, "returned nan"),
+        (lambda model: math.nan, TrainingError, "returned nan for the unpruned model"),
         (lambda model: math.inf, TrainingError, "inf for the unpruned model"),
         (lambda model: sum([]) / len([]), PassError, "ZeroDivisionError"),
     ],
@@ -519,10 +551,11 @@ def test_a_metric_that_is_none(
         prune(program, stage_wise(), make_task(validate=bad))
 
 
-def test_a_candidate_that_overflows_is_only_bad(program: Program) -> None:
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_candidate_whose_metric_breaks_is_only_bad(program: Program, broken: float) -> None:
     def perplexity(model: nn.Module) -> float:
         cut = sum(int((p == 0).sum()) for p in model.parameters())
-        return math.inf if cut > 60 else validate(model)
+        return broken if cut > 60 else validate(model)
 
     outcome = prune(program, stage_wise(rounds=1), make_task(validate=perplexity))
     assert 0 < sum(int((~m).sum()) for m in outcome.program.masks.connections.values()) <= 60

@@ -31,7 +31,10 @@ MOMENTS = (
     "saved-8",
     "validate-22",
     "loss-9",
+    "saved-15",
     "saved-16",
+    "validate-40",
+    "saved-24",
 )
 
 
@@ -71,10 +74,15 @@ def test_a_killed_run_ends_as_the_unbroken_one(
     again: list[str] = []
     resumed = killed_run.prune(program, killed / moment, again.append)
     assert whole.program is not program
+    assert "did not recover" in whole.refusals[0].reason
     assert same(resumed, whole)
+    (file,) = (killed / moment).iterdir()
+    assert file.name.endswith("-rounds.pt")
     if moment in ("saved-8", "loss-9"):  # the first round is not repeated
-        assert again.count("loss") <= 6
-    if moment == "saved-16":
+        assert again.count("loss") <= 12
+    if moment in ("saved-16", "validate-40"):  # nor is the second
+        assert again.count("loss") == 6
+    if moment == "saved-24":
         assert not again
 
 
