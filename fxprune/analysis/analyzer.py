@@ -14,6 +14,8 @@ from torch import Tensor, fx
 
 from fxprune.analysis import (
     rules_contraction,
+    rules_convolution,
+    rules_einsum,
     rules_moving,
     rules_pointwise,
     rules_recurrent,
@@ -36,6 +38,8 @@ _RULES = {
     **rules_moving.RULES,
     **rules_pointwise.RULES,
     **rules_contraction.RULES,
+    **rules_convolution.RULES,
+    **rules_einsum.RULES,
     **rules_reducing.RULES,
     **rules_recurrent.RULES,
 }

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from fxprune.analysis.contracting import connect, meet, weight_axis
 from fxprune.analysis.labels import Axis
-from fxprune.analysis.rules_contraction import _meet, _weight_axis, connect
 from fxprune.analysis.walker import operation_name
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def lstm(w: Walker, node: fx.Node) -> list[Label]:
     units = _units(w, node, x, w_ih, b_ih, b_hh, 4)
     outputs = units
     if w_hr is not None:
-        outputs, columns = _weight_axis(w, w_hr, 0), _weight_axis(w, w_hr, 1)
+        outputs, columns = weight_axis(w, w_hr, 0), weight_axis(w, w_hr, 1)
         w.ledger.unify(columns, units)
         connect(w, node, w_hr, columns.reshape(1, -1), outputs.reshape(-1, 1))
     _recur(w, node, w_hh, units, outputs, 4)
@@ -68,8 +68,8 @@ def cell(w: Walker, node: fx.Node) -> Any:
 
 def _units(w: Walker, node: fx.Node, x: Any, w_ih: Any, b_ih: Any, b_hh: Any, gates: int) -> Tensor:
     """The units of a layer: rows of all gate blocks are one, and so are the biases'."""
-    rows, columns = _weight_axis(w, w_ih, 0), _weight_axis(w, w_ih, 1)
-    _meet(w, x, len(w.shape(x)) - 1, columns)
+    rows, columns = weight_axis(w, w_ih, 0), weight_axis(w, w_ih, 1)
+    meet(w, x, len(w.shape(x)) - 1, columns)
     units = _one_per_gate(w, rows, gates)
     for bias in (b_ih, b_hh):
         if isinstance(bias, fx.Node):
@@ -86,7 +86,7 @@ def _one_per_gate(w: Walker, rows: Tensor, gates: int) -> Tensor:
 
 
 def _recur(w: Walker, node: fx.Node, w_hh: Any, units: Tensor, outputs: Tensor, gates: int) -> None:
-    rows, columns = _weight_axis(w, w_hh, 0), _weight_axis(w, w_hh, 1)
+    rows, columns = weight_axis(w, w_hh, 0), weight_axis(w, w_hh, 1)
     w.ledger.unify(rows.reshape(gates, -1), units.unsqueeze(0))
     w.ledger.unify(columns, outputs)
     connect(w, node, w_hh, columns.reshape(1, -1), rows.reshape(-1, 1))
@@ -98,7 +98,7 @@ def _state(w: Walker, node: fx.Node, state: Any, neurons: Tensor) -> None:
     if w.is_boundary(state):
         w.entries.append((node, state, neurons))
     else:
-        _meet(w, state, len(w.shape(state)) - 1, neurons)
+        meet(w, state, len(w.shape(state)) - 1, neurons)
 
 
 def _last(neurons: Tensor, rank: int) -> Label:

@@ -1,0 +1,89 @@
+"""What rules of operations that contract share: where weights and values meet, and its note."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.analysis.labels import Axis
+from fxprune.analysis.walker import Use
+
+if TYPE_CHECKING:
+    from fxprune.analysis.walker import Label, Walker
+
+__all__ = ["NOBODY", "combine", "connect", "is_weight", "join_parts", "meet", "weight_axis"]
+
+NOBODY = torch.tensor(-1)
+"""Stands where a weight reads or feeds no neuron."""
+
+
+def connect(
+    w: Walker, node: fx.Node, operand: Any, sources: Tensor | None, destinations: Tensor
+) -> None:
+    """Notes the use of a weight; ``sources`` and ``destinations`` broadcast to the operand."""
+    roots = w.roots(operand)
+    if not roots:  # computed from other tensors: its rows and columns stay, so nothing to note
+        return
+    rank = destinations.dim()
+    none = NOBODY.reshape((1,) * rank)
+    w.uses.append(
+        Use(str(roots[0].target), operand, node, none if sources is None else sources, destinations)
+    )
+
+
+def is_weight(w: Walker, node: Any) -> bool:
+    return any(a.role is not None for a in w.label(node))
+
+
+def weight_axis(w: Walker, weight: Any, dim: int) -> Tensor:
+    """Neurons along one dimension of a weight, one per position; frozen if it has none."""
+    size = w.shape(weight)[dim]
+    axes = [a for a in w.label(weight) if dim in a.dims]
+    if size == 1:
+        axes = [a for a in w.label(weight) if a.role == dim and a.ids.numel() == 1]
+    if len(axes) == 1 and axes[0].ids.numel() == size:
+        return axes[0].ids.reshape(-1)
+    for axis in axes:
+        w.ledger.freeze(axis.ids, "weight whose rows and columns cannot be told apart")
+    ids = w.ledger.fresh(size)
+    w.ledger.freeze(ids, "weight whose rows and columns cannot be told apart")
+    return ids
+
+
+def meet(w: Walker, x: Any, dim: int, columns: Tensor) -> None:
+    """The neurons of ``x`` along ``dim`` are those the weight's columns read."""
+    axes = w.axes_at(x, dim)
+    rank = len(w.shape(x))
+    ids = columns.reshape([-1 if d == dim else 1 for d in range(rank)])
+    if len(axes) == 1:
+        w.ledger.unify(axes[0].ids, ids)
+        return
+    single = [a for a in w.label(x) if a.ids.numel() == 1 and not axes]
+    if columns.numel() == 1 and single:
+        w.ledger.unify(single[0].ids.reshape(-1), columns)
+        return
+    reason = "reads a dimension without neurons" if not axes else "reads several neurons at once"
+    w.ledger.freeze(columns, reason)
+    for axis in axes:
+        w.ledger.freeze(axis.ids, reason)
+
+
+def join_parts(w: Walker, ids: Tensor) -> None:
+    """Heads: where the contracted dimension is one part of a split one, each part is one neuron."""
+    if ids.numel() > ids.shape[-1]:
+        w.ledger.unify(ids, ids[..., :1])
+
+
+def combine(w: Walker, left: list[Axis], right: list[Axis]) -> Label:
+    result = list(left)
+    for axis in right:
+        partner = next((a for a in result if set(a.dims) & set(axis.dims)), None)
+        if partner is None:
+            result.append(axis)
+            continue
+        w.ledger.unify(partner.ids, axis.ids)
+        if len(axis.dims) > len(partner.dims):
+            result[result.index(partner)] = axis
+    return tuple(result)
