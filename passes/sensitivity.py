@@ -23,6 +23,7 @@ Sources: Tang et al., "SCGRU: one-shot pruning of gated recurrent units", Neuroc
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -213,7 +214,7 @@ def _above_threshold(weights: Iterable[Weight], threshold: float, floor: float) 
         t = threshold * float(judged.std(correction=0))
         by_threshold = float((judged >= t).double().mean())
         if by_threshold < floor:
-            t = _lowered(t, judged, math.ceil(floor * len(judged) - 1e-9))
+            t = _lowered(t, judged, max(1, math.ceil(floor * len(judged) - 1e-9)))
             kept = float((judged >= t).double().mean())
             reasons.append(
                 Refusal(
@@ -229,10 +230,10 @@ def _above_threshold(weights: Iterable[Weight], threshold: float, floor: float) 
 def _lowered(t: float, values: Tensor, least: int) -> float:
     """The threshold, times 0.99 until at least so many values reach it."""
     reached = float(values.topk(least).values[-1])
-    if reached == 0:  # only a threshold of 0 keeps zeros, and no product ever gets there
-        return 0.0
+    if reached < sys.float_info.min:  # no product ever gets to 0, nor well among subnormal numbers
+        return reached
     while t > reached:
-        t *= 0.99
+        t = min(0.99 * t, sys.float_info.max)
     return t
 
 

@@ -140,6 +140,24 @@ def test_mostly_zero_and_constant_matrices_end(tagger: Program) -> None:
     assert torch.equal(masks.connections["rnn.weight_hh_l0"], sparse.bool())
 
 
+@pytest.mark.parametrize(
+    ("scale", "threshold", "floor", "kept"),
+    [
+        (1e9, 1e305, 0.25, 5),  # the threshold itself is infinite
+        (5e-324, 2, 0.25, 5),  # among the smallest numbers there are, 0.99 t is t
+        (1, 100, 1e-15, 1),  # a floor of less than one connection is one
+    ],
+)
+def test_extreme_thresholds_end_at_the_floor(
+    tagger: Program, scale: float, threshold: float, floor: float, kept: int
+) -> None:
+    weight = torch.arange(18, 0, -1, dtype=torch.float64).reshape(6, 3) * scale
+    weight[0, 0] = max(1, 18 * scale)
+    program = with_weight(tagger, "stem.weight", weight)
+    masks = prune(program, Sensitivity(threshold=threshold, floor=floor)).program.masks
+    assert masks.connections["stem.weight"].flatten().tolist() == [i < kept for i in range(18)]
+
+
 def test_threshold_counts_what_is_left(tagger: Program) -> None:
     half = prune(tagger, Magnitude(0.5, "connection")).program
     masks = prune(half, Sensitivity(threshold=6, floor=0.01)).program.masks
