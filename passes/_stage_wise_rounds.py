@@ -26,6 +26,7 @@ from fxprune.progress import track
 from fxprune.randomness import preserved_random_state
 from fxprune.training import fit
 from fxprune.training.checkpoint import Checkpoint, digest
+from fxprune.training.placement import move
 from fxprune.training.step import make_optimizer, settings_of
 from fxprune.weights import owned
 
@@ -311,7 +312,8 @@ class Rounds:
 
     def _buffer(self) -> nn.Module:
         module: nn.Module = insert_masks(owned(self.entry), self.neurons).module()
-        return module if self.task.device == "auto" else module.to(self.task.device)
+        move(module, self.task.device)
+        return module
 
     # checkpoints
 

@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.errors import ConfigError
 from fxprune.training.checkpoint import tensors_of
 
-__all__ = ["kept_modes", "loader_generators", "moved", "placed"]
+__all__ = ["kept_modes", "loader_generators", "move", "moved", "placed"]
 
 
 @contextmanager
@@ -40,17 +40,27 @@ def placed(module: nn.Module, device: str | torch.device) -> Iterator[torch.devi
             "leave the device out to train it there"
         )
     try:
+        move(module, device)
+        yield torch.device(device)
+    finally:
+        module.to(home)
+
+
+def move(module: nn.Module, device: str | torch.device) -> None:
+    """Move a module to the device that a task names; "auto" leaves it where it is.
+
+    Raises:
+        ConfigError: the device is not there. The module may be half moved then.
+    """
+    if device == "auto":
+        return
+    try:
         module.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        module.to(home)
         raise ConfigError(
             f"Task.device {str(device)!r} cannot be used ({error}): "
             "name another or leave it out to train where the model is"
         ) from error
-    try:
-        yield torch.device(device)
-    finally:
-        module.to(home)
 
 
 @contextmanager

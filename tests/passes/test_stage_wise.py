@@ -561,6 +561,23 @@ def test_a_candidate_whose_metric_breaks_is_only_bad(program: Program, broken: f
     assert 0 < sum(int((~m).sum()) for m in outcome.program.masks.connections.values()) <= 60
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "cuda:99"}, "'cuda:99' cannot be used"),
+        ({"optimizer": torch.optim.LBFGS}, "made a LBFGS"),
+    ],
+)
+def test_what_cannot_train_is_told_before_the_search(
+    program: Program, change: dict[str, Any], message: str
+) -> None:
+    def never(model: nn.Module) -> float:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(ConfigError, match=message):
+        prune(program, stage_wise(), replace(make_task(validate=never), **change))
+
+
 def test_cma_without_its_package(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cma", None)
     with pytest.raises(ConfigError, match=r"fxprune\[search\]"):
