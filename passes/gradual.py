@@ -149,7 +149,10 @@ class _GrowingMasks(Learning):
             parameter = self.module.get_parameter(weight.name)
             if due:
                 sparsity = self._sparsity(step, self.options.final(weight.connection_class))
-                chosen = select_connections([replace(weight, tensor=parameter)], sparsity)
+                # What is left counts as more than 0, so that it never goes in place of what is out.
+                least = torch.finfo(parameter.dtype).tiny
+                scores = parameter.abs().clamp(min=least) * self._keep(number)
+                chosen = select_connections([replace(weight, tensor=scores)], sparsity)
                 self._keep(number).copy_(chosen.get(weight.name, torch.ones(())))
             parameter.mul_(self._keep(number))
 

@@ -122,6 +122,38 @@ def test_what_is_masked_never_returns(program: Program) -> None:
             assert bool((later[name][earlier[name] == 0] == 0).all())
 
 
+def test_a_weight_that_becomes_zero_takes_no_place_of_a_masked_one(program: Program) -> None:
+    name = "rnn.weight_hh_l0"
+    kept: list[dict[str, Tensor]] = []
+
+    def thresholding(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Sets small weights to 0, as an optimizer with an L1 term does."""
+        optimizer = momentum(parameters)
+        held = optimizer.param_groups[0]["params"]
+
+        def shrink(*_: Any) -> None:
+            with torch.no_grad():
+                for parameter in held:
+                    parameter[parameter.abs() < 0.9] = 0
+
+        optimizer.register_step_post_hook(shrink)
+        return optimizer
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        masks = {n: b for n, b in model.named_buffers() if n.startswith("_gradual_keep")}
+        kept.append({n: b.clone() for n, b in masks.items()})
+        return mse(model, batch)
+
+    late = torch.full_like(program.tensors[name], 0.8)
+    late[-4:] = 1e-3  # goes first
+    start = replace(program, tensors={**program.tensors, name: nn.Parameter(late)})
+    task = make_task(loss=loss, optimizer=thresholding)
+    prune(start, GradualMagnitude(0.6, initial=0.2, every=2), task=task)
+    for earlier, later in pairwise(kept):
+        for number, keep in later.items():
+            assert not bool((keep & ~earlier[number]).any())
+
+
 def test_smallest_go_at_each_rebuilding(program: Program) -> None:
     met: list[dict[str, Tensor]] = []
     task = make_task(loss=recording(met), steps=2, epochs=None)
