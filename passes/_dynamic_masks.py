@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.learning import Learning, Schedule
+from fxprune.masking.branches import batch_normalized
 from fxprune.masking.gating import GATES, insert_gates, mask_module_name, masked_straight_through
 from fxprune.masking.structures import NEURON_STRUCTURES, Structure
 from fxprune.training.checkpoint import tensors_of
@@ -45,18 +46,34 @@ class Regrowth:
 
 
 class _Mask(nn.Module):
-    """The mask of one tensor."""
+    """The mask of one tensor.
+
+    Args:
+        keep: ones in its shape.
+        regrow: whether gradients go straight through.
+        rows: dimensions that outputs lie along, if an output of which nothing is in is to let no
+            gradient through.
+    """
 
     keep: Tensor
     through: Tensor
 
-    def __init__(self, weight: Tensor, regrow: bool) -> None:
+    def __init__(self, keep: Tensor, regrow: bool, rows: tuple[int, ...] | None = None) -> None:
         super().__init__()
-        self.register_buffer("keep", torch.ones_like(weight.detach()))
-        self.register_buffer("through", torch.tensor(regrow, device=weight.device))
+        shape = () if rows is None else [n if d in rows else 1 for d, n in enumerate(keep.shape)]
+        self.regrow, self.rows = regrow, rows
+        self.register_buffer("keep", keep)
+        self.register_buffer("through", torch.full(shape, regrow, device=keep.device))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return masked_straight_through(weight, self.keep, self.through)
+    def forward(self, values: Tensor) -> Tensor:
+        return masked_straight_through(values, self.keep, self.through)
+
+    def update(self, keep: Tensor) -> None:
+        """Takes over which entries are in."""
+        self.keep.copy_(keep)
+        if self.rows is not None:
+            some = self.keep.sum_to_size(self.through.shape) > 0
+            self.through.copy_(some & self.regrow)
 
 
 class _Gates(nn.Module):
@@ -107,12 +124,13 @@ class FollowingMasks(Learning):
     ) -> None:
         self.program, self.options, self.schedule = owned(program), options, schedule
         self.structures = structures
-        kept = [s.masks(torch.ones(s.size, dtype=torch.bool)) for s in structures]
-        self.masked = tuple(dict.fromkeys(name for masks in kept for name in masks))
         cuts = any(s.name in NEURON_STRUCTURES for s in structures)
+        masks = _masks(found, structures, options.regrow)
+        ends = {_branch(i): end for s in structures for i, end in enumerate(s.ends)}
+        device = next((t.device for t in self.program.tensors.values()), None)
         parts: dict[str, nn.Module] = {
-            mask_module_name(name): _Mask(program.tensors[name], options.regrow)
-            for name in self.masked
+            **{mask_module_name(name): mask for name, mask in masks.items()},
+            **{name: _Mask(torch.ones((), device=device), options.regrow) for name in ends},
         }
         if cuts:
             parts[GATES] = _gates(self.program, found, options.regrow)
@@ -120,12 +138,12 @@ class FollowingMasks(Learning):
             self.program,
             found.neurons,
             gated=found.candidates if cuts else None,
-            masked=self.masked,
+            masked=masks,
+            results=ends,
             straight_through=True,
             values="filter" in options.structures,
         )
         self.module = gated.module(parts)
-        device = next((t.device for t in self.program.tensors.values()), None)
         tallies = nn.ModuleList([_Tally(s.size) for s in structures]).to(device)
         self.module.add_module("_dynamic", tallies)
         self.module.register_buffer("_dynamic_step", torch.zeros((), dtype=torch.int64))
@@ -158,14 +176,32 @@ class FollowingMasks(Learning):
         for name, regrowth in self.regrown.items():
             _LOG.info("%s, %s: %s", self.options.name, name, regrowth)
         trained = with_weights_of(self.program, self.module)
-        device = next((t.device for t in trained.tensors.values()), None)
-        keep = {name: self._mask(name).keep.bool().to(device) for name in self.masked}
-        values = {n: trained.tensors[n].detach() * k for n, k in keep.items()}
-        masked = {n: k for n, k in keep.items() if k.dim() > 1 and not bool(k.all())}
-        masks = self.program.masks.cut_connections(masked)
+        masks = self.program.masks
         for structure, tally in self._tallied():
             masks = masks.cut_neurons(structure.cut(tally.keep.cpu()))
+        values: dict[str, Tensor] = {}
+        for name, keep in self._kept_entries(branches=True).items():
+            if not bool(keep.all()):
+                value = trained.tensors[name].detach()
+                values[name] = value * keep.to(value)
+                if value.dim() > 1:
+                    whole = keep.expand(value.shape).contiguous()
+                    masks = masks.cut_connections({name: whole})
         return replace(owned(trained, values), masks=masks)
+
+    def _kept_entries(self, *, branches: bool) -> dict[str, Tensor]:
+        """What all structures together keep of each tensor, broadcastable to it.
+
+        Args:
+            branches: whether the tensors that branches end in are masked; else what comes out of
+                the branch is, and all that is in it goes on learning.
+        """
+        kept: dict[str, Tensor] = {}
+        for structure, tally in self._tallied():
+            if branches or not structure.ends:
+                for name, keep in structure.masks(tally.keep.cpu()).items():
+                    kept[name] = kept[name] & keep if name in kept else keep
+        return kept
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -193,14 +229,11 @@ class FollowingMasks(Learning):
 
     def _apply(self) -> None:
         """What all structures keep is in."""
-        for part in self._parts():
-            if isinstance(part, _Mask):
-                part.keep.fill_(1)
+        for name, keep in self._kept_entries(branches=False).items():
+            self._part(mask_module_name(name)).update(keep)
         for structure, tally in self._tallied():
-            keep = tally.keep.cpu()
-            for name, mask in structure.masks(keep).items():
-                own = self._mask(name).keep
-                own *= mask.to(own)
+            for i in range(len(structure.ends)):
+                self._part(_branch(i)).update(tally.keep[i])
         gates = self._gates()
         if gates is not None:
             cut = [s.cut(t.keep.cpu()) for s, t in self._tallied()]
@@ -218,8 +251,8 @@ class FollowingMasks(Learning):
     def _parts(self) -> list[_Mask | _Gates]:
         return [m for m in self.module.modules() if isinstance(m, _Mask | _Gates)]
 
-    def _mask(self, name: str) -> _Mask:
-        part = self.module.get_submodule(mask_module_name(name))
+    def _part(self, name: str) -> _Mask:
+        part = self.module.get_submodule(name)
         assert isinstance(part, _Mask)
         return part
 
@@ -233,6 +266,26 @@ class FollowingMasks(Learning):
     @property
     def _step(self) -> int:
         return int(self.module.get_buffer("_dynamic_step"))
+
+
+def _branch(number: int) -> str:
+    """Name of the module that masks what a residual branch adds."""
+    return f"_branch_{number}"
+
+
+def _masks(found: Prunable, structures: list[Structure], regrow: bool) -> dict[str, _Mask]:
+    """A module for each weight of which entries are masked."""
+    everything = (s.masks(torch.ones(s.size).bool()) for s in structures if not s.ends)
+    weights = {w.name: w for w in found.weights}
+    normalized = batch_normalized(found.neurons)
+    return {
+        name: _Mask(
+            torch.ones_like(weights[name].tensor.detach()),
+            regrow,
+            weights[name].output_dims if name in normalized else None,
+        )
+        for name in dict.fromkeys(name for masks in everything for name in masks)
+    }
 
 
 def _gates(program: Program, found: Prunable, regrow: bool) -> _Gates:

@@ -16,7 +16,10 @@ floor(s_t * n + 1e-9) of n; with a ramp of length r from step t_0,
    ``neuron`` drop neurons: what leaves the neuron is 0, whatever its bias, so it is removed in the
    end, bias and all. Gradients reach, straight through, the weights that enter the neurons of a
    ``filter`` and those that leave the neurons of the other two; those at the other end of a dropped
-   neuron get none. ``depth`` drops residual branches by masking what they end in, biases included.
+   neuron get none. ``depth`` drops residual branches by masking what they add; gradients go
+   through that, so all of a dropped branch goes on learning. In the end, the weights and biases
+   that it ends in are masked instead. Where a batch norm reads an output of which no connection is
+   in, nothing goes through: of a constant it would make gradients hundreds of times too large.
 3. Momentum and weight decay act on V, masked or not. V is what ``state_dict`` holds; in the end
    W takes its place.
 4. After the fraction ``end`` of the steps the masks are final, and gradients are those of W: the

@@ -1,9 +1,10 @@
 """Residual branches: what is added to a shortcut, and which tensors make it add nothing.
 
 A branch begins and ends at an addition ``x + f(x)``: ``x`` is the shortcut, and ``f`` goes through
-weights that nothing outside of it uses. With its *outputs* at 0 (the weights of its last product,
-their biases, the gain and offset of a batch norm behind it) the branch adds exactly 0, ``x`` is
-all that goes on, and whatever in the branch fed only those weights is read by nothing any more.
+weights that nothing outside of it uses; nothing else reads what it adds. With its *outputs* at 0
+(the weights of its last product, their biases, the gain and offset of a batch norm behind it) the
+branch adds exactly 0, ``x`` is all that goes on, and whatever in the branch fed only those weights
+is read by nothing any more.
 
 A branch can end in a linear map, a convolution or a recurrent layer that starts from zeros, and
 behind that in activations that map 0 to 0, dropout, batch norm, and moves such as a transpose.
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from fxprune.policy import Protection
     from fxprune.program import Program
 
-__all__ = ["Branch", "find_branches"]
+__all__ = ["Branch", "batch_normalized", "find_branches"]
 
 _ZERO_TO_ZERO = frozenset(
     "relu relu6 relu_ tanh tanh_ gelu silu silu_ elu leaky_relu hardswish dropout dropout_ "
@@ -45,11 +46,13 @@ class Branch:
         name: the first weight in it.
         weights: all its weights, by which it is judged.
         outputs: the tensors that are 0 if it is to add nothing, with their number of dimensions.
+        end: what it adds; nothing else reads that.
     """
 
     name: str
     weights: tuple[str, ...]
     outputs: Mapping[str, int]
+    end: fx.Node
 
 
 class _UnfitError(Exception):
@@ -80,7 +83,7 @@ def find_branches(
             if not weights:
                 continue
             try:
-                outputs = dict(_outputs(program, end, set(inside), set(weights_of)))
+                outputs = dict(_outputs(program, end, {*inside, total}, set(weights_of)))
                 for name in (*weights, *outputs):
                     if not _within(users[name], set(inside)):
                         raise _UnfitError(f"{name} is used outside of it as well")
@@ -89,7 +92,7 @@ def find_branches(
             except _UnfitError as reason:
                 refusals.append(Refusal(weights[0], f"its residual branch stays: {reason}"))
             else:
-                branches.append(Branch(weights[0], weights, outputs))
+                branches.append(Branch(weights[0], weights, outputs, end))
     return tuple(branches), tuple(refusals)
 
 
@@ -132,6 +135,8 @@ def _outputs(
         name = operation_name(node)
         if node not in inside:
             raise _UnfitError("something from outside is part of what it adds")
+        if not {u for u in node.users if u.users or u.op == "output"} <= inside:
+            raise _UnfitError("what it adds is read elsewhere as well")
         if name in _PRODUCTS and node in products:
             states = [node.args[i] for i in STATE_ARGUMENTS.get(name, ())]
             if any(state is not None for state in states):
@@ -160,6 +165,23 @@ def _named(program: Program, node: Any) -> Iterator[tuple[str, int]]:
     if node.op != "get_attr" or program.kinds.get(name) is not Kind.PARAMETER:
         raise _UnfitError("a tensor that decides what it adds is computed, or fixed")
     yield name, program.tensors[name].dim()
+
+
+def batch_normalized(neurons: Neurons) -> frozenset[str]:
+    """The weights of products that a batch norm reads, at most by way of functions of one value."""
+    return frozenset(
+        b.weight
+        for b in neurons.blocks
+        if operation_name(b.consumer) in _PRODUCTS and _reaches_batch_norm(b.consumer)
+    )
+
+
+def _reaches_batch_norm(node: fx.Node) -> bool:
+    return any(
+        operation_name(user) == "batch_norm"
+        or (operation_name(user) in _ZERO_TO_ZERO and _reaches_batch_norm(user))
+        for user in node.users
+    )
 
 
 def _within(users: set[fx.Node], inside: set[fx.Node]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,7 @@ def insert_gates(
     *,
     gated: Tensor | None = None,
     masked: Collection[str] = (),
+    results: Mapping[str, fx.Node] = MappingProxyType({}),
     straight_through: bool = False,
     values: bool = False,
     rows: bool = False,
@@ -75,6 +77,7 @@ def insert_gates(
             gives their values: ``gates() -> (scale, whole)``, each [count + 1], 1 at the end, 1
             for neurons without a gate, 0 for those cut already.
         masked: weights that a module of their own masks: ``masks(weight) -> weight``.
+        results: nodes of the program whose value a module masks, by the name of that module.
         straight_through: the gate module gives a third vector, of where gradients pass as if the
             gate were 1: ``gates() -> (scale, whole, through)``; see
             :func:`masked_straight_through`.
@@ -96,8 +99,11 @@ def insert_gates(
     if rows:
         insertion.rows = frozenset((b.consumer, b.operand) for b in _row_blocks(program, neurons))
     for name in masked:
-        insertion.mask_by_module(name)
-    return insertion.run(neurons)
+        insertion.call_after(insertion.weight_node(name), mask_module_name(name))
+    inserted = insertion.run(neurons)
+    for name, node in results.items():  # last, as what is inserted above looks for direct uses
+        insertion.call_after(insertion.twins[node], name)
+    return inserted
 
 
 def scaled_blocks(program: Program, neurons: Neurons) -> tuple[Block, ...]:
@@ -231,11 +237,10 @@ class _GateInsertion(MaskInsertion):
             if self.straight_through:
                 self.through = self.graph.call_function(operator.getitem, (both, 2))
 
-    def mask_by_module(self, name: str) -> None:
-        """Has a module mask a weight wherever it is used."""
-        node = self.weight_node(name)
+    def call_after(self, node: fx.Node, name: str) -> None:
+        """Has a module change what a node gives, wherever it is used."""
         with self.graph.inserting_after(node):
-            call = self.graph.create_node("call_module", mask_module_name(name), (node,))
+            call = self.graph.create_node("call_module", name, (node,))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.analysis.walker import operation_name
 from fxprune.masking.branches import Branch, find_branches
@@ -91,6 +91,11 @@ class Structure(ABC):
     def cut(self, keep: Tensor) -> Tensor:
         """The numbers of the neurons that dropping the other candidates cuts."""
         return _NONE
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """The value that each candidate computes, where candidates are parts of the graph."""
+        return ()
 
 
 def make_structure(
@@ -318,6 +323,10 @@ class _Branches(Structure):
             for name, dim in branch.outputs.items():
                 masks[name] = stays.reshape((1,) * dim)
         return masks
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        return tuple(branch.end for branch in self.branches)
 
 
 def _positions(shape: tuple[int, ...]) -> int:

@@ -308,6 +308,21 @@ def test_branches_that_cannot_be_dropped_are_reported() -> None:
     ]
 
 
+def test_a_branch_that_is_read_elsewhere_stays() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, state = self.rnn(x)
+            return x + y, state
+
+    found, refusals = branches(Read(), 5, 2, 4)
+    assert found == []
+    assert refusals == ["its residual branch stays: what it adds is read elsewhere as well"]
+
+
 def test_a_sum_of_two_layers_is_no_shortcut() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

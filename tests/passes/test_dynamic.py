@@ -19,7 +19,6 @@ import fxprune
 from fxprune.analysis import analyze
 from fxprune.contract import Context, Facts, Pass
 from fxprune.errors import ConfigError, PreconditionError
-from fxprune.masking.gating import mask_module_name
 from fxprune.masking.insertion import insert_masks
 from fxprune.masking.structures import STRUCTURES
 from fxprune.passes import DynamicPruning, Magnitude
@@ -176,22 +175,38 @@ def test_neurons_that_go_take_their_biases_along() -> None:
     assert shapes["head.weight"] == (2, 3)
 
 
-def test_a_branch_that_goes_leaves_the_shortcut() -> None:
-    model = by_name("residual-cnn")
+class Residual(nn.Module):
+    """A branch that batch norm ends, or not."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 4)
+        self.norm: nn.Module = nn.BatchNorm1d(4) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.b(torch.relu(self.a(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_branch_that_goes_leaves_the_shortcut_and_learns(norm: bool) -> None:
     torch.manual_seed(0)
-    program = trace(model.build(), model.inputs(2, 1))
-    learning = attached(program, DynamicPruning(0.999, "depth", ramp=0.0))
-    depth = learning.structures[0]
-    assert depth.masks(torch.zeros(depth.size, dtype=torch.bool))
-    for name, mask in depth.masks(torch.zeros(depth.size, dtype=torch.bool)).items():
-        learning.module.get_submodule(mask_module_name(name)).keep.copy_(mask)  # type: ignore[operator]
-    x = torch.randn(2, 3, 8, 8)
-    first = learning.module(x)
+    model, x = Residual(norm), torch.randn(6, 4)
+    learning = attached(trace(model, x), DynamicPruning(0.5, "depth", every=1))
     with torch.no_grad():
-        for name, parameter in learning.module.named_parameters():
-            if name.startswith("blocks.0."):
-                parameter.add_(1.0)
-    assert torch.equal(learning.module(x), first)
+        assert torch.equal(learning.harden().module()(x), model.eval()(x))  # 0.5 of one is none
+        learning._tallied()[0][1].keep.fill_(False)
+        learning._apply()
+    assert torch.equal(learning.module(x), x)
+    hard = learning.harden()
+    assert torch.equal(insert_masks(hard, analyze(hard)).module()(x), x)
+    learning.module.train()
+    (learning.module(x) ** 3).sum().backward()
+    output = model.train()(x)
+    output.backward(3 * x**2)  # as if the branch were there, of the loss without it
+    for name, parameter in model.named_parameters():
+        found = learning.module.get_parameter(name).grad
+        assert parameter.grad is not None and found is not None
+        assert torch.allclose(found, parameter.grad, atol=1e-5), name
 
 
 # Gradients ----------------------------------------------------------------------------------------
@@ -277,6 +292,26 @@ def test_gradients_reach_the_end_that_neurons_are_judged_by(structure: str) -> N
 def dropped(learning: FollowingMasks, x: Tensor) -> Tensor:
     a, b = (learning.module.get_parameter(f"{n}.weight").detach() for n in "ab")
     return torch.relu(x @ a[1:].T) @ b[:, 1:].T
+
+
+@pytest.mark.parametrize("structure", ["row", "connection"])
+def test_constants_before_a_batch_norm_let_nothing_through(structure: str) -> None:
+    """Its gradient is that of the output over the deviation, which is 0."""
+    torch.manual_seed(0)
+    first_layer = nn.Linear(3, 4)
+    with torch.no_grad():
+        first_layer.weight[1] *= 0.01
+    model = nn.Sequential(first_layer, nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    x = torch.randn(8, 3)
+    learning = attached(trace(model, x), DynamicPruning(0.3, structure, ramp=0.0))
+    assert not bool(learning.harden().masks.connections["0.weight"][1].any())
+    learning.module.train()
+    learning.module(x).square().sum().backward()
+    first, last = (learning.module.get_parameter(f"{n}.weight").grad for n in "03")
+    assert first is not None and last is not None
+    assert not bool(first[1].any())
+    assert bool(first[[0, 2, 3]].any(1).all())
+    assert bool(last.all())  # no batch norm follows
 
 
 def test_final_masks_let_nothing_through() -> None:
