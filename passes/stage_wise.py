@@ -95,7 +95,8 @@ class StageWise(Pass):
             that is left; 0.1 (default) suits 20 generations, 0.05 was published for 100.
         most: the largest ratio removed of a group.
         executor: evaluates candidates: any concurrent.futures.Executor, None (default) for this
-            process. It has no text form, and passes that differ in it are equal.
+            process. Threads share the global random state, so with them a metric that draws
+            random numbers varies. It has no text form, and passes that differ in it are equal.
 
     Raises:
         ConfigError: an option is out of range.

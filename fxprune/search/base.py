@@ -146,6 +146,18 @@ class Search(ABC):
         unit: Array = np.where(width > 0, (points - self.low) / np.where(width > 0, width, 1), 0)
         return unit.clip(0, 1)
 
+    def _starts(self, start: ArrayLike, *shapes: tuple[int, ...]) -> Array:
+        """Points to start from, of one of some shapes, in the unit cube.
+
+        Raises:
+            ConfigError: another shape, or numbers that are not finite.
+        """
+        given = np.array(start, np.float64)
+        if given.shape not in shapes or not np.isfinite(given).all():
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise ConfigError(f"start must hold finite numbers of shape {wanted}, got {start!r}")
+        return self._unit(given)
+
     @abstractmethod
     def _propose(self) -> Array:
         """The next points, [population, d], in the unit cube."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fxprune.errors import ConfigError
 from fxprune.search.base import Array, Search
 
 __all__ = ["BisectionSearch"]
@@ -28,6 +30,9 @@ class BisectionSearch(Search):
         generations: at most so many.
         limit: the largest fitness allowed.
         resolution: stop when the bracket is narrower.
+
+    Raises:
+        ConfigError: as :class:`Search`, or limit or resolution is NaN.
     """
 
     def __init__(
@@ -41,6 +46,10 @@ class BisectionSearch(Search):
         resolution: float = 1e-4,
     ) -> None:
         super().__init__(low, high, population=population, generations=generations, seed=0)
+        if math.isnan(limit) or math.isnan(resolution):
+            raise ConfigError(
+                f"limit and resolution must be numbers, got {limit!r} and {resolution!r}"
+            )
         self.limit, self.resolution = limit, resolution
         self._below, self._above = float(self.low.min()), float(self.high.max())
         self._full = False  # whether the upper end itself was allowed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class CmaSearch(Search):
         step: the first standard deviation, as a fraction of the width of the box.
 
     Raises:
-        ConfigError: the package is not installed, or the population is too small for it.
+        ConfigError: the package is not installed, the population is too small for it, or start
+            or step make no sense.
 
     Source: Hansen, "The CMA evolution strategy: a tutorial", https://arxiv.org/abs/1604.00772.
     """
@@ -45,8 +47,10 @@ class CmaSearch(Search):
         super().__init__(low, high, population=population, generations=generations, seed=seed)
         if population < 4:
             raise ConfigError(f"CMA-ES needs a population of at least 4, got {population}")
+        if not 0 < step < math.inf:
+            raise ConfigError(f"step must be positive, got {step!r}")
         middle = np.full(self.low.shape, 0.5)
-        self._start = middle if start is None else self._unit(np.array(start, np.float64))
+        self._start = middle if start is None else self._starts(start, self.low.shape)
         self._step, self._seed = step, seed
         self._told: list[list[float]] = []
         self._strategy = self._new_strategy()

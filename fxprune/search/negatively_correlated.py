@@ -66,20 +66,15 @@ class NegativelyCorrelatedSearch(Search):
             )
         shape = (population, self.low.size)
         self.limit, self.factor = limit, factor
-        self._places = self._random.random(shape) if start is None else self._starts(start, shape)
+        self._places: Array = (
+            self._random.random(shape)
+            if start is None
+            else np.broadcast_to(self._starts(start, shape, shape[1:]), shape)
+        )
         self._steps: Array = np.full(shape, float(step))
         self._fitnesses: Array = np.full(population, np.inf)
         self._successes: Array = np.zeros(population)
         self._trials: Array = self._places
-
-    def _starts(self, start: ArrayLike, shape: tuple[int, int]) -> Array:
-        given = np.array(start, np.float64)
-        if given.shape not in (shape, shape[1:]) or not np.isfinite(given).all():
-            raise ConfigError(
-                f"start must hold finite numbers of shape {list(shape)} or {[shape[1]]}, "
-                f"got {list(given.shape)}"
-            )
-        return self._unit(np.broadcast_to(given, shape))
 
     def _propose(self) -> Array:
         if self.generation:

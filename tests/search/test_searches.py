@@ -165,5 +165,11 @@ def test_wrong_seed_and_step() -> None:
         NegativelyCorrelatedSearch([0], [1], step=0)
     with pytest.raises(ConfigError, match="start must hold"):
         NegativelyCorrelatedSearch([0], [1], start=[[1, 2]])
+    with pytest.raises(ConfigError, match=r"start must hold finite numbers of shape \[3\]"):
+        CmaSearch(LOW, HIGH, start=[0.5])
+    with pytest.raises(ConfigError, match="step must be positive"):
+        CmaSearch(LOW, HIGH, step=-1)
+    with pytest.raises(ConfigError, match="limit and resolution must be numbers"):
+        BisectionSearch(LOW, HIGH, limit=math.nan)
     with pytest.raises(ConfigError, match="population of at least 4"):
         CmaSearch([0], [1], population=2)
