@@ -152,6 +152,7 @@ class Rounds:
                 self.task,
                 self.options.executor,
                 self.options.name,
+                self._name,
             )
             try:
                 self._go_on(evaluator, checkpoint)

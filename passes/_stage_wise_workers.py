@@ -8,6 +8,7 @@ task's checkpoint folder if it names one, else within the system's temporary one
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ class Evaluator:
         task: how to judge; the model is evaluated on its device.
         executor: None for this process.
         pass_name: for errors.
+        name: of the run, for the folder; a killed run of that name leaves none behind.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Evaluator:
         task: Task,
         executor: Executor | None,
         pass_name: str,
+        name: str,
     ) -> None:
+        _remove_folders(task, name)
         self._local = Local(make, task)
         self._folder: TemporaryDirectory[str] | None = None
         self._spread = Spread[Counts, float](self._local, executor)
@@ -56,7 +60,7 @@ class Evaluator:
             device = device if task.device == "auto" else str(task.device)
             self._remote = Remote("", "", task.validate, task.goal, task.seed, device)
             self._remote.check(pass_name)
-            self._folder = _make_folder(task)
+            self._folder = _make_folder(task, name)
             path = Path(self._folder.name) / "model.pt2"
             try:
                 _export(program, path, pass_name)
@@ -149,10 +153,16 @@ def _export(program: Program, path: Path, pass_name: str) -> None:
         ) from error
 
 
-def _make_folder(task: Task) -> TemporaryDirectory[str]:
+def _make_folder(task: Task, name: str) -> TemporaryDirectory[str]:
     if task.checkpoint is not None:
         Path(task.checkpoint).mkdir(parents=True, exist_ok=True)
-    return TemporaryDirectory(prefix="stage-wise-workers-", dir=task.checkpoint)
+    return TemporaryDirectory(prefix=f"{name}-workers-", dir=task.checkpoint)
+
+
+def _remove_folders(task: Task, name: str) -> None:
+    if task.checkpoint is not None:
+        for folder in Path(task.checkpoint).glob(f"{name}-workers-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _no_loss(model: nn.Module, batch: Any) -> Tensor:

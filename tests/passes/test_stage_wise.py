@@ -427,7 +427,10 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
 
 def test_executors_change_nothing(program: Program, executor: Executor, tmp_path: Path) -> None:
     task = make_task(checkpoint=tmp_path)
-    alone = prune(program, stage_wise())
+    alone = prune(program, stage_wise(), task)
+    (rounds,) = tmp_path.iterdir()
+    rounds.unlink()
+    (tmp_path / rounds.name.replace("-rounds.pt", "-workers-killed")).mkdir()
     spread = prune(program, stage_wise(executor=executor), task)
     assert spread.program.masks.same_as(alone.program.masks)
     for name, tensor in alone.program.tensors.items():
