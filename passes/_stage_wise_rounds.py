@@ -193,12 +193,18 @@ class Rounds:
     def _try(self, counts: Counts, material: Material, place: str) -> str | None:
         """Retrains a candidate and keeps it if it recovers; else says how far it came."""
         state, recovery = self.state, self._within(self.options.recovery)
-        program, metric = self._retrain(counts, material, place)
+        tried = f"with {self._removed(counts):.2%} removed"
+        try:
+            program, metric = self._retrain(counts, material, place)
+        except TrainingError as error:
+            if not state.recovered:  # nothing shows that the task can be trained at all
+                raise
+            state.setbacks += 1
+            return f"{tried} retraining failed: {error}"
         if recovery.excess(metric) > 0:
             state.setbacks += 1
             return (
-                f"with {self._removed(counts):.2%} removed it did not recover: the metric was "
-                f"{metric:g} where {recovery} was needed"
+                f"{tried} it did not recover: the metric was {metric:g} where {recovery} was needed"
             )
         self.program, self._keep = program, material.keep(counts)
         state.counts, state.metric = list(counts), metric

@@ -8,8 +8,9 @@ the groups, ``S(x)`` the share removed of all, ``m0`` the unpruned model's metri
 
 A round searches on the present model, masks what weighs least, and retrains under fixed masks;
 the next one starts there and only adds to it. A round whose best epoch is worse than ``m0`` by
-more than ``recovery`` is undone, and later searches go half as far beyond the recovery; after
-``retries`` of them the next one ends the stage. The last recovered model is the result:
+more than ``recovery``, or whose training breaks down where that of an earlier one did not, is
+undone, and later searches go half as far beyond the recovery; after ``retries`` of them the next
+one ends the stage. The last recovered model is the result:
 
     1. ``joint``: all groups are one stage.
     2. ``sequential``: each class is a stage, in the order of ``classes``; the ratios of the others

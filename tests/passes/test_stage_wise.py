@@ -240,6 +240,31 @@ def test_the_last_recovered_round_is_kept_with_its_best_epoch(program: Program) 
     assert all(torch.equal(both.program.tensors[n], t) for n, t in first.program.tensors.items())
 
 
+@pytest.mark.parametrize("broken", [2, 1])
+def test_retraining_that_breaks_down_is_a_setback_once_a_round_recovered(
+    program: Program, broken: int
+) -> None:
+    steps = 0
+
+    def diverges(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return loss(model, batch) * (1 if steps <= 4 * (broken - 1) else math.nan)
+
+    task = Task(diverges, [(X, Y)], validate, "min", optimizer=adam, epochs=4)
+    options = stage_wise(search="bisection", retries=0)
+    if broken == 1:
+        with pytest.raises(TrainingError, match="the loss is nan"):
+            prune(program, options, task)
+        return
+    first = prune(program, replace(options, rounds=1))
+    both = prune(program, options, task)
+    assert both.program.masks.same_as(first.program.masks)
+    assert all(torch.equal(both.program.tensors[n], t) for n, t in first.program.tensors.items())
+    assert "removed retraining failed: " in both.refusals[0].reason
+    assert "the loss is nan" in both.refusals[0].reason
+
+
 def test_after_a_setback_the_search_goes_half_as_far(program: Program) -> None:
     found: list[float] = []
 
