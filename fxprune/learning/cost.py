@@ -102,7 +102,8 @@ class Cost(Precise):
         self._written_out = {i: len(o) for i, o in enumerate(laid_out) if isinstance(o, list)}
         for i, axes in self._written_out.items():
             for k in range(axes):
-                self.register_buffer(f"axis_{i}_{k}", laid_out[i][k], persistent=False)
+                axis = laid_out[i][k].contiguous()  # a fit writes its best weights back, and these
+                self.register_buffer(f"axis_{i}_{k}", axis, persistent=False)
         prices, measured = _prices(program, parts, kind), kind == "milliseconds"
         # No buffer: by its buffers a checkpoint tells whether it is of the same training.
         self._measured = prices if measured else None

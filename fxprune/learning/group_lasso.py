@@ -119,7 +119,7 @@ class _Owned(Precise):
             places = same.expand(weight.tensor.shape).flatten().nonzero().flatten()
             owners = axis.expand(weight.tensor.shape).flatten()[places]
             for name, ids in (("axis", axis), ("places", places), ("owners", owners)):
-                self.register_buffer(f"{name}_{i}", ids, persistent=False)
+                self.register_buffer(f"{name}_{i}", ids.contiguous(), persistent=False)
 
     def forward(self, squares: Tensor, weight: Tensor) -> Tensor:
         """Adds the squares of the weight to those of the neurons, [count + 1]."""

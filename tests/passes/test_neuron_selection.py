@@ -300,6 +300,24 @@ def test_compile_lands_at_the_target(cost: Any, target: float) -> None:
     assert again.report.parameters_after < report.parameters_after
 
 
+@pytest.mark.parametrize("criterion", ["l0", "group_lasso"])
+def test_best_weights_are_restored_where_a_kernel_becomes_units(criterion: Any) -> None:
+    """A part of the cost that is written out must be memory of its own."""
+    model = by_name("conv2d-gru")
+    torch.manual_seed(0)
+    inputs = model.inputs(model.batch, model.time)
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return module(*batch).square().mean()  # type: ignore[no-any-return]
+
+    task = Task(loss, [inputs] * 4, lambda m: float(loss(m, inputs)), "min", epochs=2)
+    options = NeuronSelection(target=0.5, criterion=criterion, scope="all")
+    compact = fxprune.compile(
+        model.build(), options, example_inputs=inputs, task=task, progress=False
+    )
+    assert compact.report.macs_after <= 0.5 * compact.report.macs_before
+
+
 def test_a_penalty_closes_more_the_stronger_it_is() -> None:
     left = [
         fxprune.compile(
