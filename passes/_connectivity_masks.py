@@ -250,7 +250,11 @@ class ConnectionMask(nn.Module):
         self.values.view(-1)[values.argmax()] = ON
 
     def _scale(self, gradient: Tensor) -> Tensor:
-        """One over the norm of each feature's gradient; 1 where the feature is off as a whole."""
+        """One over the norm of each feature's gradient.
+
+        That of a feature that is off as a whole counts as 1 if it is less, or noise would be made
+        large. If it is more, that may be noise too: a batch norm behind a constant makes such.
+        """
         norms, highest = gradient.abs(), self.values
         if self.filters is None:
             along = [d for d, n in enumerate(self.rows) if n == 1]
@@ -261,7 +265,8 @@ class ConnectionMask(nn.Module):
         sums = gradient.new_zeros(2, self.feature_count)
         sums[0].index_add_(0, self.features, norms.flatten().square())
         sums[1].index_add_(0, self.features, on.to(sums.dtype))
-        scale = torch.where(sums[1] > 0, 1 / (sums[0].sqrt() + EPSILON), 1.0)[self.features]
+        norm = sums[0].sqrt()
+        scale = 1 / torch.where(sums[1] > 0, norm + EPSILON, norm.clamp(min=1.0))[self.features]
         return scale.reshape(self.rows) if self.filters is None else scale
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ by what the loss would do if its connection were switched: one that is off and m
    averaged over all processes, then normalized, and the price is added then; so ``penalty()`` is 0.
 2. A feature is a row of the weight, everything that leads to one output; in a recurrent layer to
    one gate of one unit, or (``feature="unit"``) to all gates of a unit. A feature that is off as a
-   whole keeps its gradient as it is: its norm would only amplify noise.
+   whole keeps a gradient of a norm below 1 as it is: division would only amplify noise.
 3. ``structure="filter"`` has one variable per feature instead, and a feature then is all filters
    of a weight, or of one gate of it. The price of a filter is in proportion to its connections.
 4. A connection that is off keeps its weight, whatever the optimizer does to it: it may return.

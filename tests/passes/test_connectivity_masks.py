@@ -79,6 +79,16 @@ def test_one_step_of_the_mask_variables(normalize: bool, estimator: str) -> None
     assert mask.values.grad is None
 
 
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_features_that_are_off_move_by_a_norm_of_1_at_most(size: float) -> None:
+    prepared, mask, _ = one_layer(penalty=0.0)
+    (size * prepared.module(X)[:, 1]).sum().backward()
+    gradient = size * X.sum(0) * W[1]
+    prepared.step()
+    expected = M[1] - 0.01 * gradient / max(1.0, float(gradient.norm()))
+    torch.testing.assert_close(mask.values.detach()[1], expected)
+
+
 def test_filters_share_the_norm_of_their_weight() -> None:
     """One variable per row; their gradients are the sums over the rows, in units of their norm."""
     prepared, mask, _ = one_layer(structure="filter")
