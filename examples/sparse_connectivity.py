@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -157,20 +157,15 @@ class Experiment:
         batches = Shuffled(self.train)
         steps = epochs * len(batches)
 
-        def falling(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-            adam = torch.optim.Adam(parameters, lr=1e-3)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                adam, lambda step: max(0.0, min(1.0, 4 * (1 - step / steps)))
-            )
-            adam.register_step_post_hook(lambda *_: schedule.step())
-            return adam
+        def falling(step: int) -> float:
+            return max(0.0, min(1.0, 4 * (1 - step / steps)))
 
         return fxprune.Task(
             loss=lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]),
             train=batches,
             validate=lambda model: accuracy(model, self.validation),
             goal="max",
-            optimizer=falling,
+            scheduler=lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, falling),
             epochs=epochs,
             seed=seed,
         )

@@ -27,7 +27,7 @@ from fxprune.randomness import preserved_random_state
 from fxprune.training import fit
 from fxprune.training.checkpoint import Checkpoint, digest
 from fxprune.training.placement import move
-from fxprune.training.step import make_optimizer, settings_of
+from fxprune.training.step import make_optimizer, make_scheduler, settings_of
 from fxprune.weights import owned
 
 if TYPE_CHECKING:
@@ -124,11 +124,12 @@ class Rounds:
         masks = {"neurons": program.masks.neurons, **program.masks.connections}
         # Made anew for each retraining; here it shows, before the search, that it can be made.
         optimizer = make_optimizer(self._buffer(), task)
+        scheduler = make_scheduler(task, optimizer)
         self._run = {
             "pass": str(options),
             "weights": digest(program.tensors),
             "masks": digest(masks),
-        } | settings_of(task, optimizer)
+        } | settings_of(task, optimizer, scheduler)
         text = f"{options} {self._run['weights']} {self._run['masks']}"
         self._name = f"stage-wise-{sha256(text.encode()).hexdigest()[:8]}"
 

@@ -22,7 +22,7 @@ from fxprune.randomness import preserved_random_state, random_state, set_random_
 from fxprune.training.checkpoint import Checkpoint, digest, tensors_of
 from fxprune.training.evaluate import evaluate
 from fxprune.training.placement import kept_modes, loader_generators, moved, placed
-from fxprune.training.step import Stepper, make_optimizer, settings_of
+from fxprune.training.step import Stepper, make_optimizer, make_scheduler, settings_of
 from fxprune.training.task import Task
 
 __all__ = ["FitResult", "fit"]
@@ -139,7 +139,8 @@ class _Run:
         self.module, self.task, self.device, self.generators = module, task, device, generators
         self.keep, self.name = keep, name
         self.optimizer = make_optimizer(module, task)
-        self.stepper = Stepper(module, task, self.optimizer, after_step, penalty)
+        self.scheduler = make_scheduler(task, self.optimizer)
+        self.stepper = Stepper(module, task, self.optimizer, self.scheduler, after_step, penalty)
         self.state = _State()
         self.best: dict[str, Tensor] = {}
         self.checkpoint: Checkpoint | None = None
@@ -230,6 +231,7 @@ class _Run:
         if not self.state.finished:
             content["best"] = self.best
             content["optimizer"] = self.optimizer.state_dict()
+            content["scheduler"] = self.scheduler and self.scheduler.state_dict()
             content["random"] = random_state(*self.generators)
         self.checkpoint.save(content)
 
@@ -243,6 +245,8 @@ class _Run:
         if not self.state.finished:
             self.best = content["best"]
             self.optimizer.load_state_dict(content["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(content["scheduler"])
             set_random_state(content["random"], *self.generators)
         return True
 
@@ -259,4 +263,4 @@ class _Run:
             "weights before training": digest(tensors),
             "device": str(self.device and self.device.type),
             "keep": self.keep,
-        } | settings_of(self.task, self.optimizer)
+        } | settings_of(self.task, self.optimizer, self.scheduler)

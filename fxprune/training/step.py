@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fxprune.errors import ConfigError, TrainingError
 from fxprune.training.task import Task
 
-__all__ = ["Stepper", "make_optimizer", "settings_of"]
+__all__ = ["Stepper", "make_optimizer", "make_scheduler", "settings_of"]
 
 
 def make_optimizer(module: nn.Module, task: Task) -> Optimizer:
@@ -40,14 +41,41 @@ def make_optimizer(module: nn.Module, task: Task) -> Optimizer:
     return optimizer
 
 
-def settings_of(task: Task, optimizer: Optimizer) -> dict[str, str]:
+def make_scheduler(task: Task, optimizer: Optimizer) -> LRScheduler | None:
+    """A fresh scheduler of the optimizer's learning rates; None if the task has none.
+
+    Raises:
+        ConfigError: ``task.scheduler`` does not make one that can be used here.
+    """
+    if task.scheduler is None:
+        return None
+    scheduler = task.scheduler(optimizer)
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            f"Task.scheduler made a {type(scheduler).__name__}: it must make a scheduler of "
+            "torch.optim.lr_scheduler that is stepped without a metric, such as "
+            "lambda o: CosineAnnealingLR(o, 1000)"
+        )
+    return scheduler
+
+
+def settings_of(
+    task: Task, optimizer: Optimizer, scheduler: LRScheduler | None = None
+) -> dict[str, str]:
     """What a checkpoint must agree on of how a model is trained, one text per aspect."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     options = ("goal", "epochs", "steps", "clip", "patience", "seed")
     return {option: str(getattr(task, option)) for option in options} | {
         "optimizer": f"{type(optimizer).__name__} {groups}",
+        "scheduler": "None" if scheduler is None else _text(scheduler),
         "batches": str(task.batches),
     }
+
+
+def _text(scheduler: LRScheduler) -> str:
+    """Its class and the numbers in its state; functions have no text that lasts."""
+    numbers = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | str)}
+    return f"{type(scheduler).__name__} {numbers}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,7 @@ class Stepper:
         module: trained in place.
         task: gives loss and clipping.
         optimizer: of the module's parameters.
+        scheduler: of the optimizer's learning rates, None if they are constant.
         after_step: called after each update, without gradients.
         penalty: computes what is added to the loss.
     """
@@ -65,6 +94,7 @@ class Stepper:
     module: nn.Module
     task: Task
     optimizer: Optimizer
+    scheduler: LRScheduler | None
     after_step: Callable[[], None] | None
     penalty: Callable[[], Tensor] | None
 
@@ -99,6 +129,8 @@ class Stepper:
             trained = (p for group in self.optimizer.param_groups for p in group["params"])
             nn.utils.clip_grad_norm_(trained, self.task.clip)
         self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         if self.after_step is not None:
             with torch.no_grad():
                 self.after_step()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from fxprune.errors import ConfigError
 
@@ -43,6 +44,9 @@ class Task:
         goal: "min" if a lower metric is better (loss, perplexity), "max" if a higher one is.
         optimizer: makes an optimizer from the trainable parameters. A fresh one is made for each
             fit. Default: Adam with a learning rate of 1e-3.
+        scheduler: makes a learning rate scheduler of ``torch.optim.lr_scheduler`` from that
+            optimizer, None (default) for a constant rate. It is stepped after each optimizer step,
+            so its counts are steps, not epochs; checkpoints hold its state.
         epochs: passes over ``train``. Default: 10, or as many as ``steps`` needs where it is given.
         steps: limit on optimizer steps over all epochs, None (default) for no limit. The epoch
             that it cuts short is validated like any other.
@@ -72,6 +76,7 @@ class Task:
     validate: Callable[[nn.Module], float]
     goal: Literal["min", "max"]
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = adam
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
     epochs: int | None = None
     steps: int | None = None
     clip: float | None = None
@@ -84,6 +89,9 @@ class Task:
         for name in ("loss", "validate", "optimizer"):
             if not callable(getattr(self, name)):
                 _refuse(name, getattr(self, name), "must be callable", "pass a function")
+        if self.scheduler is not None and not callable(self.scheduler):
+            remedy = "pass a function, such as lambda o: CosineAnnealingLR(o, 1000)"
+            _refuse("scheduler", self.scheduler, "must be callable", remedy)
         if self.goal not in ("min", "max"):
             remedy = "'min' where a lower metric is better (a loss), 'max' where a higher one is"
             _refuse("goal", self.goal, "must be 'min' or 'max'", remedy)

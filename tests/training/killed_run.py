@@ -69,6 +69,7 @@ def train(folder: Path | None, reached: Reached) -> tuple[Model, FitResult]:
         validate,
         goal="min",
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99),
         epochs=3,
         clip=1.0,
         checkpoint=folder,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.optim import Optimizer
+from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune.errors import ConfigError, TrainingError
@@ -66,6 +67,30 @@ def noisy(**options: Any) -> Task:
 
     loader = DataLoader(TensorDataset(torch.arange(8.0).reshape(8, 1)), batch_size=2, shuffle=True)
     return make(loss=loss, train=loader, optimizer=sgd(lr=1e-3), **options)
+
+
+def halved(optimizer: Optimizer) -> schedulers.LRScheduler:
+    return schedulers.StepLR(optimizer, step_size=1, gamma=0.5)
+
+
+def test_a_scheduler_is_stepped_after_each_step() -> None:
+    module = scalar(4)
+    fit(module, make(scheduler=halved, epochs=2))
+    assert weight(module) == 4 - (1 + 0.5 + 0.25 + 0.125)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (schedulers.ReduceLROnPlateau, "made a ReduceLROnPlateau: it must .* without a metric"),
+        (lambda optimizer: 0.5, "made a float"),
+    ],
+)
+def test_what_is_no_scheduler_is_refused(scheduler: Any, message: str) -> None:
+    module = scalar(4)
+    with pytest.raises(ConfigError, match=rf"Task\.scheduler {message}"):
+        fit(module, make(scheduler=scheduler))
+    assert weight(module) == 4
 
 
 def test_trains_and_reports() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler as schedulers
 
 from fxprune.errors import ConfigError, TrainingError
 from fxprune.training import FitResult, Task, fit
@@ -119,6 +121,46 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
+def warm_up(optimizer: Optimizer) -> schedulers.LRScheduler:
+    return schedulers.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3))
+
+
+def several(optimizer: Optimizer) -> schedulers.LRScheduler:
+    first, second = warm_up(optimizer), schedulers.MultiStepLR(optimizer, [2, 3])
+    return schedulers.SequentialLR(optimizer, [first, second], [3])
+
+
+SCHEDULERS = {
+    "lambda": warm_up,
+    "steps": lambda o: schedulers.MultiStepLR(o, [1, 3, 5], gamma=0.3),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, 0.3, total_steps=8),
+    "restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 3),
+    "cyclic": lambda o: schedulers.CyclicLR(o, 0.01, 0.3, step_size_up=2, cycle_momentum=False),
+    "several": several,
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_schedule_goes_on_where_it_was(tmp_path: Path, kind: str) -> None:
+    steps: list[int] = []
+
+    def stops(model: nn.Module, batch: Any) -> Tensor:
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return square(model, batch)
+
+    options: dict[str, Any] = {"epochs": 4, "scheduler": SCHEDULERS[kind], "optimizer": sgd}
+    whole, resumed = linear(), linear()
+    fit(whole, task(tmp_path / "whole", **options), progress=False)
+    broken = task(tmp_path / "broken", **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit(linear(), replace(broken, loss=stops), progress=False)
+    fit(resumed, broken, progress=False)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
 @pytest.mark.parametrize(
     ("module", "options", "named"),
     [
@@ -127,6 +169,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
         (linear(), {"epochs": 2}, "epochs: 1 there, 2 here"),
         (linear(), {"seed": 4}, "seed: 0 there, 4 here"),
         (linear(), {"goal": "max"}, "goal: min there, max here"),
+        (linear(), {"scheduler": warm_up}, "scheduler: None there, LambdaLR .* here"),
         (linear(), {"optimizer": sgd}, "optimizer: Adam .* there, SGD .* here"),
     ],
 )

@@ -51,6 +51,7 @@ class Stream(IterableDataset[Tensor]):
         ({"loss": 3}, r"Task\.loss must be callable, got 3: pass a function"),
         ({"validate": None}, r"Task\.validate must be callable"),
         ({"optimizer": "adam"}, r"Task\.optimizer must be callable, got 'adam'"),
+        ({"scheduler": 0.9}, r"Task\.scheduler must be callable, got 0.9: pass a function"),
         ({"goal": "up"}, r"Task\.goal must be 'min' or 'max', got 'up': 'min' where"),
         ({"train": iter(BATCHES)}, r"Task\.train is an iterator .*pass a list"),
         ({"train": (b for b in BATCHES)}, r"Task\.train is an iterator \(generator\)"),
