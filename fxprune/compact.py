@@ -22,7 +22,7 @@ from fxprune.rebuilding import rebuild
 from fxprune.report import Report
 from fxprune.shrinking.compact import compact_program
 from fxprune.shrinking.fold import fold_constants
-from fxprune.shrinking.liveness import alive_neurons
+from fxprune.shrinking.liveness import alive_neurons, kept_neurons
 from fxprune.tracing.exporting import export_program
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
 from fxprune.tracing.states import plain_states
@@ -135,7 +135,8 @@ def finish(
     advance: Callable[[], object] = lambda: None,
 ) -> Compact:
     """Shrinks, verifies and reports."""
-    program = outcome.program
+    program = _without_dead(outcome.program, neurons)
+    outcome = outcome._replace(program=program)
     detached = {n: t.detach() for n, t in program.tensors.items()}
     for name, kind in program.kinds.items():
         if kind is Kind.BUFFER:  # a batch norm that is run in train mode writes its statistics
@@ -149,6 +150,21 @@ def finish(
     advance()
     report = _report(outcome, neurons, small, policy, verification)
     return Compact(module, masked, report, small.program)
+
+
+def _without_dead(program: Program, neurons: Neurons) -> Program:
+    """Cuts what nothing reads where states may shrink and all units of a layer are dead.
+
+    One of them stays, lest a dimension be empty, and its state is seen. It then reads no dead
+    ones in the reference either.
+    """
+    if program.states == "keep":
+        return program
+    alive = alive_neurons(neurons, fold_constants(program, neurons).masks)
+    kept = kept_neurons(neurons, alive)
+    if torch.equal(kept, alive):
+        return program
+    return replace(program, masks=program.masks.cut_neurons((~kept).nonzero().flatten()))
 
 
 def _report(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,6 @@ def program() -> Program:
 
 
 def cut(program: Program, name: str, *indices: int) -> Program:
-    from dataclasses import replace
-
     neurons = analyze(program)
     masks = program.masks.cut_neurons(neurons.group(name).neurons[list(indices)])
     return replace(program, masks=masks)
@@ -103,6 +103,33 @@ def test_states_shrink_where_asked() -> None:
     tags, state = compact.module(frames(), torch.ones(1, 2, 3))
     assert (tags.shape, state.shape) == ((2, 5, 2), (1, 2, 3))
     assert any("state" in note for note in compact.report.notes)
+
+
+class Stateful(nn.Module):
+    """Two GRU layers, whose states come in and go out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 4, num_layers=2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [time, batch, 2], and the final states [2, batch, 4]."""
+        y, h = self.rnn(x, h)
+        return self.head(y), h
+
+
+@pytest.mark.parametrize("unread", [("head.weight",), ("head.weight", "rnn.weight_hh_l0")])
+def test_a_state_of_which_nothing_is_read_shrinks_to_one_unit(unread: tuple[str, ...]) -> None:
+    x, h = torch.randn(5, 2, 3), torch.randn(2, 2, 4)
+    program = fxprune.trace(Stateful(), (x, h))
+    gone = {n: torch.zeros(program.tensors[n].shape, dtype=torch.bool) for n in unread}
+    program = replace(program, masks=program.masks.cut_connections(gone))
+    compact = fxprune.compile(program, fxprune.Policy([], states="shrink"), progress=False)
+    scores, final = compact.module(x, h[..., :1])
+    assert final.shape == (2, 2, 1)
+    bias = program.tensors["head.bias"].detach()
+    torch.testing.assert_close(scores, bias.expand(5, 2, 2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(final, compact.masked(x, h)[1][..., :1], rtol=0, atol=1e-6)
 
 
 class Reshaped(nn.Module):
