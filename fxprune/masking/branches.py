@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from fxprune.policy import Protection
     from fxprune.program import Program
 
-__all__ = ["Branch", "batch_normalized", "find_branches"]
+__all__ = ["ZERO_TO_ZERO", "Branch", "batch_normalized", "find_branches"]
 
-_ZERO_TO_ZERO = frozenset(
+ZERO_TO_ZERO = frozenset(
     "relu relu6 relu_ tanh tanh_ gelu silu silu_ elu leaky_relu hardswish dropout dropout_ "
     "feature_dropout alpha_dropout neg clone contiguous to detach alias "
     "view reshape _unsafe_view flatten unflatten transpose permute squeeze unsqueeze getitem "
     "select slice flip max_pool1d max_pool2d avg_pool1d avg_pool2d".split()
 )
+"""Operations that give 0 where their first argument is 0."""
+
 _PRODUCTS = frozenset("linear conv1d conv2d conv3d matmul mm lstm gru rnn".split())
 
 
@@ -148,7 +150,7 @@ def _outputs(
             for tensor in node.args[1:3]:
                 yield from _named(program, tensor)
             waiting.append(node.args[0])
-        elif name in _ZERO_TO_ZERO:
+        elif name in ZERO_TO_ZERO:
             waiting.append(node.args[0])
         else:
             raise _UnfitError(f"it ends in {name}, which may be other than 0 where all weights are")
@@ -179,7 +181,7 @@ def batch_normalized(neurons: Neurons) -> frozenset[str]:
 def _reaches_batch_norm(node: fx.Node) -> bool:
     return any(
         operation_name(user) == "batch_norm"
-        or (operation_name(user) in _ZERO_TO_ZERO and _reaches_batch_norm(user))
+        or (operation_name(user) in ZERO_TO_ZERO and _reaches_batch_norm(user))
         for user in node.users
     )
 

@@ -12,6 +12,7 @@ from fxprune.masking.masks import Masks
 from fxprune.shrinking.fold import fold_constants
 from fxprune.shrinking.liveness import alive_neurons, kept_neurons
 from fxprune.shrinking.shrink import Shrunk, shrink
+from fxprune.shrinking.zeros import drop_zero_terms
 
 if TYPE_CHECKING:
     from fxprune.analysis.neurons import Neurons
@@ -37,6 +38,7 @@ def compact_program(program: Program, neurons: Neurons) -> Shrunk:
     with torch.no_grad():
         for name, keep in masks.connections.items():
             small.program.tensors[name].data.mul_(keep.to(small.program.tensors[name]))
+    silent = {name for name, keep in masks.connections.items() if not keep.any()}
     # Cut neurons that had to stay physically keep their gate.
     gated = replace(small.program, masks=Masks(masks.neurons))
-    return replace(small, program=insert_masks(gated, small.neurons))
+    return replace(small, program=drop_zero_terms(insert_masks(gated, small.neurons), silent))
