@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from benchmarks.support.lstm import make_model, make_tokens
 from benchmarks.support.measuring import Target, conclude, show, single_thread
 from fxprune.contract import Effect, NeuronAnalysis, Pass, PassResult
 from fxprune.errors import ConfigError
@@ -51,20 +52,6 @@ class _Sizes:
 
 
 _SMALL = _Sizes(vocabulary=200, hidden=60, units=(15, 13))
-
-
-class _LanguageModel(nn.Module):
-    """Embedding, two LSTM layers, decoder."""
-
-    def __init__(self, sizes: _Sizes) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(sizes.vocabulary, sizes.hidden)
-        self.lstm = nn.LSTM(sizes.hidden, sizes.hidden, num_layers=2)
-        self.decoder = nn.Linear(sizes.hidden, sizes.vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Maps [time, batch] to logits [time, batch, vocabulary]."""
-        return self.decoder(self.lstm(self.embedding(tokens))[0])  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -95,13 +82,12 @@ class KeepUnits(Pass):
 
 
 def _compile(sizes: _Sizes, *passes: Pass) -> tuple[nn.Module, Compact]:
-    torch.manual_seed(0)
-    model = _LanguageModel(sizes)
+    model = make_model(sizes.vocabulary, sizes.hidden)
     return model, fxprune.compile(model, passes, example_inputs=_tokens(sizes), progress=False)
 
 
 def _tokens(sizes: _Sizes) -> Tensor:
-    return torch.randint(sizes.vocabulary, (_STEPS, 1), generator=torch.Generator().manual_seed(0))
+    return make_tokens(sizes.vocabulary, _STEPS, 1)
 
 
 def _bytes(model: nn.Module) -> int:
@@ -139,8 +125,7 @@ def _resident_bytes() -> int:
 
 def _measure_memory(sizes: _Sizes) -> None:
     """Prints the model's bytes and by how much compiling it raised the resident memory."""
-    torch.manual_seed(0)
-    model, tokens = _LanguageModel(sizes), _tokens(sizes)
+    model, tokens = make_model(sizes.vocabulary, sizes.hidden), _tokens(sizes)
     watch = _PeakMemory()
     watch.start()
     start = time.perf_counter()

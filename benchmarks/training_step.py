@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
+from benchmarks.support.lstm import make_model, make_tokens
 from benchmarks.support.measuring import (
     Target,
     conclude,
@@ -43,18 +44,6 @@ class _Sizes:
     hidden: int = 650
     steps: int = 35
     batch: int = 20
-
-
-class _LanguageModel(nn.Module):
-    def __init__(self, sizes: _Sizes) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(sizes.vocabulary, sizes.hidden)
-        self.lstm = nn.LSTM(sizes.hidden, sizes.hidden, num_layers=2)
-        self.decoder = nn.Linear(sizes.hidden, sizes.vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Maps [time, batch] to logits [time, batch, vocabulary]."""
-        return self.decoder(self.lstm(self.embedding(tokens))[0])  # type: ignore[no-any-return]
 
 
 _METHODS: dict[str, tuple[Pass, float]] = {
@@ -123,13 +112,11 @@ def _step(
 
 
 def _model(sizes: _Sizes) -> nn.Module:
-    torch.manual_seed(0)
-    return _LanguageModel(sizes)
+    return make_model(sizes.vocabulary, sizes.hidden)
 
 
 def _tokens(sizes: _Sizes) -> Tensor:
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(sizes.vocabulary, (sizes.steps, sizes.batch), generator=draw)
+    return make_tokens(sizes.vocabulary, sizes.steps, sizes.batch)
 
 
 if __name__ == "__main__":
