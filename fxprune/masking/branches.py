@@ -31,7 +31,7 @@ __all__ = ["ZERO_TO_ZERO", "Branch", "batch_normalized", "find_branches"]
 
 ZERO_TO_ZERO = frozenset(
     "relu relu6 relu_ tanh tanh_ gelu silu silu_ elu leaky_relu hardswish dropout dropout_ "
-    "feature_dropout alpha_dropout neg clone contiguous to detach alias "
+    "feature_dropout neg clone contiguous to detach alias "
     "view reshape _unsafe_view flatten unflatten transpose permute squeeze unsqueeze getitem "
     "select slice flip max_pool1d max_pool2d avg_pool1d avg_pool2d".split()
 )
