@@ -169,7 +169,8 @@ def _naming(pass_: Pass, earlier: Sequence[Pass]) -> Iterator[None]:
 def _run_checked(program: Program, pass_: Pass, facts: Facts) -> PassResult:
     if pass_.needs_task and facts.context.task is None:
         raise PreconditionError(
-            "it has to train, and there is no task. Give one: task=fxprune.Task(...).",
+            "it has to train, and there is no task. Give one: task=fxprune.Task(...), or on the "
+            "command line a package.module:function that returns it after model and inputs.",
             pass_name=pass_.name,
         )
     own = facts.for_pass(pass_)

@@ -141,7 +141,8 @@ class Sensitivity(Pass):
         if self.criterion == "gradient" and facts.context.task is None:
             raise PreconditionError(
                 "criterion 'gradient' needs a loss and batches, and there is no task. Give one: "
-                "task=fxprune.Task(...), or choose criterion 'std', which looks at weights only.",
+                "task=fxprune.Task(...), or on the command line a package.module:function that "
+                "returns it; or choose criterion 'std', which looks at weights only.",
                 pass_name=self.name,
             )
         if self.structure == "neuron" and self.sparsity > 0:

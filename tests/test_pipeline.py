@@ -376,7 +376,8 @@ def test_training_pass_needs_a_task(program: Program, task: Task) -> None:
         run_passes(program, [Cut(1), Trains()])
     assert str(caught.value) == (
         "pass 'trains' (after cut): it has to train, and there is no task. "
-        "Give one: task=fxprune.Task(...)."
+        "Give one: task=fxprune.Task(...), or on the command line a package.module:function "
+        "that returns it after model and inputs."
     )
     assert run_passes(program, [Trains()], facts=Facts(program, Context(task=task))).log[0].changed
 

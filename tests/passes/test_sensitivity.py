@@ -371,7 +371,8 @@ def test_gradient_needs_a_task_and_says_so(tagger: Program) -> None:
         prune(tagger, Sensitivity("gradient"))
     assert str(caught.value) == (
         "pass 'sensitivity': criterion 'gradient' needs a loss and batches, and there is no task. "
-        "Give one: task=fxprune.Task(...), or choose criterion 'std', which looks at weights only."
+        "Give one: task=fxprune.Task(...), or on the command line a package.module:function that "
+        "returns it; or choose criterion 'std', which looks at weights only."
     )
 
 
