@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 import fxprune
 from benchmarks.support.lstm import make_model, make_tokens
 from benchmarks.support.measuring import Target, conclude, show, single_thread
+from benchmarks.support.memory import PeakMemory
 from fxprune.contract import Effect, NeuronAnalysis, Pass, PassResult
 from fxprune.errors import ConfigError
 from fxprune.latency import compare
@@ -97,37 +97,10 @@ def _bytes(model: nn.Module) -> int:
 # Memory -----------------------------------------------------------------------------------------
 
 
-class _PeakMemory(threading.Thread):
-    """Watches this process's resident memory until it is stopped."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.start_bytes = self.peak_bytes = _resident_bytes()
-        self._done = threading.Event()
-
-    def run(self) -> None:
-        """Looks every millisecond."""
-        while not self._done.wait(1e-3):
-            self.peak_bytes = max(self.peak_bytes, _resident_bytes())
-
-    def stop(self) -> int:
-        """By how many bytes the memory rose above what it was at the start."""
-        self._done.set()
-        self.join()
-        return self.peak_bytes - self.start_bytes
-
-
-def _resident_bytes() -> int:
-    import resource
-
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def _measure_memory(sizes: _Sizes) -> None:
     """Prints the model's bytes and by how much compiling it raised the resident memory."""
     model, tokens = make_model(sizes.vocabulary, sizes.hidden), _tokens(sizes)
-    watch = _PeakMemory()
-    watch.start()
+    watch = PeakMemory()
     start = time.perf_counter()
     fxprune.compile(model, KeepUnits(sizes.units), example_inputs=tokens, progress=False)
     seconds = time.perf_counter() - start

@@ -35,6 +35,8 @@ from fxprune.passes import (
     SparseConnectivity,
 )
 
+__all__ = ["METHODS"]
+
 _MASKED, _LEARNED = 1.15, 1.2
 
 
@@ -46,7 +48,7 @@ class _Sizes:
     batch: int = 20
 
 
-_METHODS: dict[str, tuple[Pass, float]] = {
+METHODS: dict[str, tuple[Pass, float]] = {
     "masked connections": (Magnitude(0.9, structure="connection"), _MASKED),
     "masked neurons": (Magnitude(0.5), _MASKED),
     "gradual magnitude": (GradualMagnitude(0.9), _LEARNED),
@@ -54,6 +56,7 @@ _METHODS: dict[str, tuple[Pass, float]] = {
     "dynamic pruning": (DynamicPruning(0.9), _LEARNED),
     "sparse connectivity": (SparseConnectivity(target=0.1), _LEARNED),
 }
+"""Passes, and how many times the user's own a step may take with each."""
 
 
 def main() -> None:
@@ -63,8 +66,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     single_thread()
     sizes = _Sizes()
-    names = ["the user's model", "traced", *_METHODS]
-    steps = [_plain(sizes), _traced(sizes), *(_prepared(sizes, p) for p, _ in _METHODS.values())]
+    names = ["the user's model", "traced", *METHODS]
+    steps = [_plain(sizes), _traced(sizes), *(_prepared(sizes, p) for p, _ in METHODS.values())]
     taken = medians([partial(cpu_seconds, step) for step in steps], rounds)
     ratios = [seconds / taken[0] for seconds in taken]
     show(
@@ -72,7 +75,7 @@ def main() -> None:
         ("what", "s", "times the user's model"),
         list(zip(names, taken, ratios, strict=True)),
     )
-    limits = [_MASKED, *(limit for _, limit in _METHODS.values())]
+    limits = [_MASKED, *(limit for _, limit in METHODS.values())]
     targets = [Target(n, r, m) for n, r, m in zip(names[1:], ratios[1:], limits, strict=True)]
     conclude(targets)
 
