@@ -65,11 +65,11 @@ def settings_of(
     """What a checkpoint must agree on of how a model is trained, one text per aspect."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     options = ("goal", "epochs", "steps", "clip", "patience", "seed")
-    return {option: str(getattr(task, option)) for option in options} | {
+    found = {option: str(getattr(task, option)) for option in options} | {
         "optimizer": f"{type(optimizer).__name__} {groups}",
-        "scheduler": "None" if scheduler is None else _text(scheduler),
         "batches": str(task.batches),
     }
+    return found if scheduler is None else found | {"scheduler": _text(scheduler)}
 
 
 def _text(scheduler: LRScheduler) -> str:
