@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,12 +84,8 @@ def _candidates(program: Program, task: Task) -> Callable[[], float]:
         find_prunable(program, neurons, protected(program, neurons, ())),
         ("feedforward", "input", "recurrent"),
     )
-    ranks: dict[str, Tensor] = {}
-    for group in groups:
-        ranks |= group.ranks(program.tensors, {})
     local = Local(partial(_buffer, program, neurons), task)
-    names = tuple(tuple(w.name for w in group.weights) for group in groups)
-    local.material = Material(program.tensors, ranks, names)
+    local.material = Material.of(program.tensors, groups, {})
     counts = cycle(tuple(group.count(ratio) for group in groups) for ratio in _RATIOS)
     return lambda: local(next(counts))
 
@@ -101,5 +96,4 @@ def _buffer(program: Program, neurons: Neurons) -> nn.Module:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()

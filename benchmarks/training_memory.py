@@ -12,14 +12,11 @@ import argparse
 import json
 import subprocess
 import sys
-from itertools import repeat
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 import fxprune
-from benchmarks.support.lstm import make_model, make_tokens
+from benchmarks.support.lstm import make_model, make_tokens, train_step
 from benchmarks.support.measuring import Target, conclude, show, single_thread
 from benchmarks.support.memory import PeakMemory
 from benchmarks.training_step import METHODS
@@ -46,7 +43,7 @@ def main() -> None:
         ("what", "bytes", "times dense"),
         list(zip(names, taken, ratios, strict=True)),
     )
-    conclude([Target(*t) for t in zip(names[1:], ratios[1:], repeat(_TARGET), strict=False)])
+    conclude([Target(n, r, _TARGET) for n, r in zip(names[1:], ratios[1:], strict=True)])
 
 
 def _measure_apart(name: str) -> int:
@@ -72,18 +69,7 @@ def _train(name: str, vocabulary: int, hidden: int) -> None:
         module = prepared.module
     optimizer = torch.optim.Adam(module.parameters())
     for _ in range(_STEPS):
-        optimizer.zero_grad()
-        loss = _loss(module, tokens)
-        if prepared is not None:
-            loss = loss + prepared.penalty()
-        loss.backward()
-        optimizer.step()
-        if prepared is not None:
-            prepared.step()
-
-
-def _loss(module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(module(tokens).flatten(0, 1), tokens.roll(-1, 0).flatten())
+        train_step(module, tokens, optimizer, prepared)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import fxprune
-from benchmarks.support.lstm import make_model, make_tokens
+from benchmarks.support.lstm import make_model, make_tokens, train_step
 from benchmarks.support.measuring import (
     Target,
     conclude,
@@ -99,19 +98,7 @@ def _step(
     module.train()
     tokens = _tokens(sizes)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        logits = module(tokens)
-        loss = functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 0).flatten())
-        if prepared is not None:
-            loss = loss + prepared.penalty()
-        loss.backward()
-        optimizer.step()
-        if prepared is not None:
-            prepared.step()
-
-    return step
+    return partial(train_step, module, tokens, optimizer, prepared)
 
 
 def _model(sizes: _Sizes) -> nn.Module:

@@ -7,15 +7,19 @@ by all batches of a validation. Threads share what candidates are made from and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.training import Task, evaluate
+
+if TYPE_CHECKING:
+    from fxprune.masking.ratios import RatioGroup
 
 __all__ = ["Counts", "Local", "Material", "Pool", "judge"]
 
@@ -36,6 +40,19 @@ class Material:
     values: Mapping[str, Tensor]
     ranks: Mapping[str, Tensor]
     groups: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        values: Mapping[str, Tensor],
+        groups: Sequence[RatioGroup],
+        keep: Mapping[str, Tensor],
+    ) -> Material:
+        """Of groups of weights, some of whose connections may be cut already."""
+        ranks: dict[str, Tensor] = {}
+        for group in groups:
+            ranks |= group.ranks(values, keep)
+        return cls(values, ranks, tuple(tuple(w.name for w in g.weights) for g in groups))
 
     def keep(self, counts: Counts) -> dict[str, Tensor]:
         """The masks of a candidate; True where a connection stays."""

@@ -295,12 +295,7 @@ class Rounds:
     # models
 
     def _material(self) -> Material:
-        tensors = self.program.tensors
-        ranks: dict[str, Tensor] = {}
-        for group in self.groups:
-            ranks |= group.ranks(tensors, self._keep)
-        names = tuple(tuple(w.name for w in group.weights) for group in self.groups)
-        return Material(tensors, ranks, names)
+        return Material.of(self.program.tensors, self.groups, self._keep)
 
     def _retrain(self, counts: Counts, material: Material, place: str) -> tuple[Program, float]:
         """Trains the weights under a candidate's masks; the best epoch's are kept."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["LanguageModel", "make_model", "make_tokens"]
+import fxprune
+
+__all__ = ["LanguageModel", "make_model", "make_tokens", "train_step"]
 
 
 class LanguageModel(nn.Module):
@@ -37,3 +40,21 @@ def make_tokens(vocabulary: int, steps: int, batch: int, seed: int = 0) -> Tenso
     """The same tokens for the same seed, [steps, batch]."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (steps, batch), generator=draw)
+
+
+def train_step(
+    module: nn.Module,
+    tokens: Tensor,
+    optimizer: torch.optim.Optimizer,
+    prepared: fxprune.Prepared | None = None,
+) -> None:
+    """One step of a user's own loop; ``prepared`` is what the module belongs to, if to any."""
+    optimizer.zero_grad()
+    logits = module(tokens)
+    loss = functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 0).flatten())
+    if prepared is not None:
+        loss = loss + prepared.penalty()
+    loss.backward()
+    optimizer.step()
+    if prepared is not None:
+        prepared.step()

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.analysis.labels import Axis
 from fxprune.analysis.walker import Use
 
 if TYPE_CHECKING:
-    from fxprune.analysis.walker import Label, Walker
+    from fxprune.analysis.walker import Walker
 
-__all__ = ["NOBODY", "combine", "connect", "is_weight", "join_parts", "meet", "weight_axis"]
+__all__ = ["NOBODY", "connect", "is_weight", "join_parts", "meet", "weight_axis"]
 
 NOBODY = torch.tensor(-1)
 """Stands where a weight reads or feeds no neuron."""
@@ -74,16 +73,3 @@ def join_parts(w: Walker, ids: Tensor) -> None:
     """Heads: where the contracted dimension is one part of a split one, each part is one neuron."""
     if ids.numel() > ids.shape[-1]:
         w.ledger.unify(ids, ids[..., :1])
-
-
-def combine(w: Walker, left: list[Axis], right: list[Axis]) -> Label:
-    result = list(left)
-    for axis in right:
-        partner = next((a for a in result if set(a.dims) & set(axis.dims)), None)
-        if partner is None:
-            result.append(axis)
-            continue
-        w.ledger.unify(partner.ids, axis.ids)
-        if len(axis.dims) > len(partner.dims):
-            result[result.index(partner)] = axis
-    return tuple(result)

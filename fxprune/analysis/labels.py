@@ -9,6 +9,7 @@ them. Activations mostly have one axis; a weight has two, its rows and its colum
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,7 +20,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-__all__ = ["Axis", "Ledger", "collapse", "expand", "varying"]
+__all__ = ["Axis", "Ledger", "collapse", "combine", "expand", "varying"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Axis:
     def dims(self) -> tuple[int, ...]:
         """The dimensions along which the neuron changes."""
         return varying(self.ids)
+
+    def overlaps(self, other: Axis) -> bool:
+        """Whether both change along some dimension."""
+        return bool(set(self.dims) & set(other.dims))
 
     def at(self, ids: Tensor) -> Axis:
         """The same axis over another value."""
@@ -117,6 +122,20 @@ class Ledger:
         left, right = left[different & known], right[different & known]
         self.left, self.right = [torch.from_numpy(left)], [torch.from_numpy(right)]
         return left, right
+
+
+def combine(ledger: Ledger, left: Iterable[Axis], right: Iterable[Axis]) -> list[Axis]:
+    """The left axes, and the right ones one by one: what overlaps is one, the wider stands."""
+    result = list(left)
+    for axis in right:
+        partner = next((a for a in result if a.overlaps(axis)), None)
+        if partner is None:
+            result.append(axis)
+            continue
+        ledger.unify(partner.ids, axis.ids)
+        if len(axis.dims) > len(partner.dims):
+            result[result.index(partner)] = axis
+    return result
 
 
 _LONELY = "meets a position that belongs to no neuron"

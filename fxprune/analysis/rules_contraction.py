@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx
 
-from fxprune.analysis.contracting import combine, connect, is_weight, join_parts, meet, weight_axis
-from fxprune.analysis.labels import Axis
+from fxprune.analysis.contracting import connect, is_weight, join_parts, meet, weight_axis
+from fxprune.analysis.labels import Axis, combine
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -81,7 +81,7 @@ def _values(w: Walker, node: fx.Node, a: Any, b: Any) -> Label:
     rank = len(w.shape(node))
     left = _without(w, a, len(w.shape(a)) - 1, rank)
     right = _without(w, b, len(w.shape(b)) - 2, rank)
-    return combine(w, left, right)
+    return tuple(combine(w.ledger, left, right))
 
 
 def _contract(w: Walker, node: fx.Node, a: Any, i: int, b: Any, j: int) -> None:
@@ -130,7 +130,7 @@ def attention(w: Walker, node: fx.Node) -> Label:
     _contract(w, node, query, rank - 1, key, rank - 1)
     heads = [Axis(a.ids.narrow(rank - 1, 0, 1)) for a in w.label(query)]
     heads = [a for a in heads if a.ids.numel() > 1]
-    result = combine(w, heads, list(w.label(value)))
+    result = tuple(combine(w.ledger, heads, w.label(value)))
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     for axis in w.label(mask):
         w.ledger.freeze(axis.ids, "attention mask")

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fxprune.analysis.contracting import connect, meet, weight_axis
 from fxprune.analysis.labels import Axis
-from fxprune.analysis.walker import operation_name
+from fxprune.analysis.walker import CONVOLUTIONS, operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -107,15 +107,4 @@ def _grouped_convolution(
     return rows
 
 
-RULES: dict[str, Any] = dict.fromkeys(
-    (
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-    ),
-    convolution,
-)
+RULES: dict[str, Any] = dict.fromkeys(CONVOLUTIONS, convolution)

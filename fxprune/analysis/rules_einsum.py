@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from fxprune.analysis.contracting import NOBODY, combine, connect, is_weight, join_parts
-from fxprune.analysis.labels import Axis, collapse
+from fxprune.analysis.contracting import NOBODY, connect, is_weight, join_parts
+from fxprune.analysis.labels import Axis, collapse, combine
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -59,7 +59,7 @@ def _einsum_labels(
             shape = [sizes.get(letter, 1) for letter in result]
             if small.numel() > 1:
                 axes.append(Axis(collapse(small.reshape(shape))))
-    return combine(w, axes[:1], axes[1:]) if axes else ()
+    return tuple(combine(w.ledger, (), axes))
 
 
 def _einsum_meet(

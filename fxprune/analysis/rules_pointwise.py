@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from fxprune.analysis.labels import Axis, collapse
+from fxprune.analysis.labels import Axis, collapse, combine
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -31,29 +31,16 @@ def merge(w: Walker, node: fx.Node, operands: list[fx.Node], shape: tuple[int, .
     and another has several positions without, the neurons must stay.
     """
     rank = len(shape)
-    result: list[Axis] = []
     aligned = [(n, [_align(a, rank) for a in w.label(n)]) for n in operands]
-    for _, axes in aligned:
-        for axis in axes:
-            partner = next((r for r in result if _overlap(r, axis)), None)
-            if partner is None:
-                result.append(axis)
-                continue
-            w.ledger.unify(partner.ids, axis.ids)
-            if len(axis.dims) > len(partner.dims):
-                result[result.index(partner)] = axis
+    result = combine(w.ledger, (), [axis for _, axes in aligned for axis in axes])
     for n, axes in aligned:
         sizes = (1,) * (rank - len(w.shape(n))) + w.shape(n)
         for axis in result:
             bare = [d for d in axis.dims if sizes[d] > 1 and not any(d in a.dims for a in axes)]
             # Positions along several dimensions may share one neuron; then none is bare.
-            if bare and not any(_overlap(axis, a) for a in axes):
+            if bare and not any(axis.overlaps(a) for a in axes):
                 w.ledger.freeze(axis.ids, f"meets values without neurons in {node.target}")
     return tuple(result)
-
-
-def _overlap(a: Axis, b: Axis) -> bool:
-    return bool(set(a.dims) & set(b.dims))
 
 
 def _align(axis: Axis, rank: int) -> Axis:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fxprune.analysis.boundary import Boundary
     from fxprune.program import Program
 
-__all__ = ["Label", "Rule", "Use", "Walker", "operation_name"]
+__all__ = ["CONVOLUTIONS", "Label", "Rule", "Use", "Walker", "operation_name"]
 
 Label = tuple[Axis, ...]
 Rule = "Callable[[Walker, fx.Node], Any]"
@@ -266,6 +266,18 @@ def _flat(label: Any) -> list[Axis]:
     if isinstance(label, Axis):
         return [label]
     return [a for part in label for a in _flat(part)]
+
+
+CONVOLUTIONS = (
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+)
+"""Names of the operations that convolve."""
 
 
 def operation_name(node: fx.Node) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxprune.analysis.walker import operation_name
+from fxprune.analysis.walker import CONVOLUTIONS, operation_name
 from fxprune.errors import DependencyError
 
 if TYPE_CHECKING:
@@ -173,16 +173,5 @@ RULES: dict[str, Callable[[fx.Node, Kept], Arguments]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     **dict.fromkeys(("repeat", "tile"), _repeat),
-    **dict.fromkeys(
-        (
-            "conv1d",
-            "conv2d",
-            "conv3d",
-            "convolution",
-            "conv_transpose1d",
-            "conv_transpose2d",
-            "conv_transpose3d",
-        ),
-        _depthwise,
-    ),
+    **dict.fromkeys(CONVOLUTIONS, _depthwise),
 }
