@@ -1,6 +1,6 @@
 """Prune a 2x200 LSTM language model stage by stage, next to baselines with the same budget.
 
-    python -m examples.stage_wise_lm --data PATH [--words] [--seeds 0 1 2] [--quick]
+    python -m examples.stage_wise_lm --data PATH [--words | --long] [--seeds 0 1 2] [--quick]
     python -m examples.stage_wise_lm --table stage_wise_lm.jsonl [--picture stage_wise.png]
 
 Characters of tinyshakespeare, or with ``--words`` the words of the Penn Treebank. For each seed a
@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import fxprune
 from examples.language_model import Corpus, LanguageModel, Reader, batches, judge, read_corpus
@@ -80,6 +81,8 @@ class Setting:
         tolerance: of a search, relative to the dense model's perplexity.
         recovery: of a retrained model, likewise.
         retries: rounds that may fail to recover before the next ends the run.
+        falling: what is left of the rate at the end of each training, over whose second half it
+            falls geometrically; 1 leaves it constant.
     """
 
     text: str = "characters"
@@ -96,6 +99,7 @@ class Setting:
     tolerance: float = 0.3
     recovery: float = 0.01
     retries: int = 2
+    falling: float = 1.0
 
 
 WORDS = Setting(
@@ -110,6 +114,8 @@ WORDS = Setting(
     recovery=0.1,
 )
 """Few rounds, so each goes far; 10 % worse than dense is what the published point is."""
+LONG = replace(WORDS, epochs=8, rounds=10, falling=0.05)
+"""More and better training, of the dense model as well as in rounds."""
 QUICK = Setting("characters", 16, 20_000, 2_000, 8, 25, 2, 1, 3, 4, 3)
 
 
@@ -120,20 +126,27 @@ def optimizer(text: str, parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=2e-3)
 
 
+def falling(end: float, steps: int, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """A rate that is constant for half of the steps, then falls to the given fraction of it."""
+    return LambdaLR(optimizer, lambda step: end ** max(0.0, 2 * step / steps - 1))
+
+
 def make_task(
     corpus: Corpus, setting: Setting, seed: int, epochs: int, folder: Path | None
 ) -> Task:
     """Training on the text, judged by perplexity on the fixed part of the validation text."""
-    train = corpus.train[: setting.tokens or None]
+    train = batches(corpus.train[: setting.tokens or None], setting.batch, setting.steps)
     judged = batches(corpus.validation[: setting.judged], setting.batch, setting.steps)
+    steps = max(1, epochs * len(train))
     return Task(
         Reader(setting.width).loss,
-        batches(train, setting.batch, setting.steps),
+        train,
         lambda model: judge(model, judged, setting.width)[0],
         goal="min",
         optimizer=partial(optimizer, setting.text),
         epochs=epochs,
         clip=0.25 if setting.text == "words" else 1.0,
+        scheduler=partial(falling, setting.falling, steps) if setting.falling < 1 else None,
         checkpoint=folder,
         seed=seed,
     )
@@ -287,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table is not None:
         runs = read_results(options.table)
     else:
-        setting = WORDS if options.words else Setting()
+        setting = LONG if options.long else WORDS if options.words else Setting()
         if options.quick:
             setting = replace(QUICK, text=setting.text)
         if options.search_only:
@@ -301,7 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.search_only and {"sequential", "gradual"} & {*options.methods}:
             parser.error("--search-only: sequential and gradual need retraining, see --methods")
         for seed in options.seeds:
-            folder = options.out.with_suffix("") / f"{setting.text}-{setting.width}-seed-{seed}"
+            name = f"{setting.text}{'-long' * options.long}-{setting.width}-seed-{seed}"
+            folder = options.out.with_suffix("") / name
             experiment = Experiment(corpus, setting, seed, folder)
             experiment.missing(options.methods, options.gradual, options.out)
         runs = _of(setting, options.seeds, options.out)
@@ -320,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--data", type=Path, help="folder with the texts")
     source.add_argument("--table", type=Path, help="only show the results in this file")
     add("--words", action="store_true", help="Penn Treebank, by words")
+    add("--long", action="store_true", help="words, with more rounds and a rate that falls")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     searched = [m for m in METHODS if m != "cma"]
     add("--methods", nargs="*", choices=METHODS, default=searched, help="[all but cma]")
