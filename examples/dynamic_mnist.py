@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sparsity", type=float, default=0.5, help=sparsity_help)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which seeds [0 1 2]")
     every_help = "use every so-manyth training image, 1 for all [%(default)s]"
-    add("--every", type=int, default=5, help=every_help)
+    add("--every", type=int, default=2, help=every_help)
     add("--dense", type=int, default=5, help="epochs to train the dense model [%(default)s]")
     add("--epochs", type=int, default=6, help="epochs with masks [%(default)s]")
     add("--from-scratch", action="store_true", help="prune while it trains for the first time")

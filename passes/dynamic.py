@@ -73,9 +73,9 @@ class DynamicPruning(LearnedPass):
             each. Residual branches always all compete.
         every: steps from one rebuilding of the masks to the next, 10 by default.
         start: when pruning starts, as a fraction of all training steps, 0 by default.
-        ramp: how long sparsity grows from 0, likewise; 0 for none. 0.25 by default.
+        ramp: how long sparsity grows from 0, likewise; 0 for none. 0.4 by default.
         end: when the masks become final, likewise; 0.75 by default.
-        hysteresis: how much more, relatively, what is in counts than what is out; 0 by default.
+        hysteresis: how much more, relatively, what is in counts than what is out; 0.1 by default.
         regrow: whether what was removed can come back; it can by default.
 
     Raises:
@@ -91,9 +91,9 @@ class DynamicPruning(LearnedPass):
     scope: str | tuple[str, ...] = "group"
     every: int = 10
     start: float = 0.0
-    ramp: float = 0.25
+    ramp: float = 0.4
     end: float = 0.75
-    hysteresis: float = 0.0
+    hysteresis: float = 0.1
     regrow: bool = True
 
     def __post_init__(self) -> None:

@@ -421,9 +421,8 @@ def test_every_structure_regrows_in_training(structure: str) -> None:
     model = by_name("lenet")
     torch.manual_seed(0)
     inputs = model.inputs(4, 1)
-    learning = attached(
-        trace(model.build(), inputs), DynamicPruning(0.5, structure, every=1, ramp=0.0), steps=24
-    )
+    policy = DynamicPruning(0.5, structure, every=1, ramp=0.0, hysteresis=0.0)
+    learning = attached(trace(model.build(), inputs), policy, steps=24)
     optimizer = torch.optim.SGD(learning.module.parameters(), lr=0.5, momentum=0.9)
     train(learning, inputs, 18, optimizer)
     assert learning.regrown[structure].returns > 0
