@@ -313,9 +313,12 @@ class _Branches(Structure):
         )
 
     def lowest(self, scores: Tensor, sparsity: float) -> Selected:
-        goes = torch.zeros(self.size, dtype=torch.bool)
-        goes[scores.argsort(stable=True)[: removal_count(sparsity, self.size)]] = True
-        return goes, self.refusals
+        goes, count = torch.zeros(self.size, dtype=torch.bool), removal_count(sparsity, self.size)
+        goes[scores.argsort(stable=True)[:count]] = True
+        if count or not self.size or sparsity == 0:
+            return goes, self.refusals
+        reason = f"all {self.size} stay: {sparsity:g} of them is less than one"
+        return goes, (*self.refusals, Refusal("residual branches", reason))
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         masks: dict[str, Tensor] = {}

@@ -277,6 +277,16 @@ def test_a_branch_is_judged_by_all_its_weights() -> None:
     }
 
 
+def test_a_fraction_of_less_than_one_branch_is_reported() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4))
+    structure, _ = made(trace(Residual(inner), torch.randn(2, 3)), "depth")
+    goes, kept = structure.lowest(torch.tensor([1.0]), 0.9)
+    assert not bool(goes.any())
+    assert kept == (Refusal("residual branches", "all 1 stay: 0.9 of them is less than one"),)
+    assert structure.lowest(torch.tensor([1.0]), 0.0)[1] == ()
+
+
 class Shared(nn.Module):
     """Two branches with one weight."""
 
