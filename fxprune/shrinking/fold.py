@@ -38,7 +38,7 @@ _POINTWISE = frozenset(
     "hardswish softplus exp square abs clamp mish".split()
 )
 _MOVING = frozenset(
-    "transpose permute view reshape unsqueeze squeeze contiguous clone to select slice "
+    "transpose permute view reshape unsqueeze squeeze contiguous clone select slice "
     "detach alias flatten unflatten _unsafe_view flip expand".split()
 )
 _BIASED = {"linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "lstm": 5, "gru": 4, "rnn": 4}
@@ -58,12 +58,12 @@ def fold_constants(program: Program, neurons: Neurons) -> Program:
     uses = Counter(b.weight for b in neurons.blocks)
     tensors, cut = dict(program.tensors), {}
     for block in neurons.blocks:
-        values = constants.get(_read_value(block))
+        values = next((constants[v] for v in _read_values(block) if v in constants), None)
         if values is None or not block.direct or uses[block.weight] > 1:
             continue
-        known = _along_sources(block, values)
-        if known is None:
+        if values.numel() != block.sources.numel():
             continue
+        known = values.reshape(block.sources.shape)
         # What a cut neuron would add is gone already.
         known = torch.where(torch.isin(block.sources, program.masks.neurons), _UNKNOWN, known)
         bias = _bias_of(block)
@@ -150,7 +150,9 @@ def _pointwise(
     arguments, options = fx.map_arg((node.args, dict(node.kwargs)), value)
     target: Any = node.target
     result = target(*arguments, **options)
-    return result.expand(ids.shape) if result.dim() <= ids.dim() else None
+    # A tensor that differs from position to position makes no constant.
+    fits = torch.broadcast_shapes(result.shape, ids.shape) == ids.shape
+    return result.expand(ids.shape) if fits else None
 
 
 def _silent_units(
@@ -182,17 +184,13 @@ def _silent_units(
     return zero.reshape(ids.shape)
 
 
-def _read_value(block: Block) -> fx.Node:
-    """The value that a block's consumer contracts with the weight."""
-    value: Any = block.consumer.args[0]
-    return value if value is not block.operand else block.consumer  # an embedding reads none
-
-
-def _along_sources(block: Block, values: Tensor) -> Tensor | None:
-    """Constants in the layout of the block's sources; None if the block reads something else."""
-    if block.consumer.args and block.operand in _state_weights(block.consumer):
-        return None
-    return values.reshape(block.sources.shape) if values.numel() == block.sources.numel() else None
+def _read_values(block: Block) -> list[fx.Node]:
+    """The values that a block's consumer contracts with the weight, all of the same neurons."""
+    consumer = block.consumer
+    if block.operand in _state_weights(consumer):  # the layer's own, which is constant if it is 0
+        return list(consumer.users)
+    value: Any = consumer.args[0]
+    return [] if value is block.operand else [value]  # an embedding reads none
 
 
 def _state_weights(layer: fx.Node) -> tuple[Any, ...]:
