@@ -44,10 +44,14 @@ def weight_axis(w: Walker, weight: Any, dim: int) -> Tensor:
         axes = [a for a in w.label(weight) if a.role == dim and a.ids.numel() == 1]
     if len(axes) == 1 and axes[0].ids.numel() == size:
         return axes[0].ids.reshape(-1)
+    mixed, computed = (
+        "weight whose rows and columns cannot be told apart",
+        "weight that is computed",
+    )
     for axis in axes:
-        w.ledger.freeze(axis.ids, "weight whose rows and columns cannot be told apart")
+        w.ledger.freeze(axis.ids, mixed)
     ids = w.ledger.fresh(size)
-    w.ledger.freeze(ids, "weight whose rows and columns cannot be told apart")
+    w.ledger.freeze(ids, mixed if axes else computed)
     return ids
 
 

@@ -77,6 +77,16 @@ def group_norm(w: Walker, node: fx.Node) -> Label:
     return w.label(x)
 
 
+def weight_norm(w: Walker, node: fx.Node) -> Label:
+    """Weight norm: without one input, a row's norm and so all of its connections would change."""
+    remedy = (
+        "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm "
+        "of torch.nn.utils if that made it"
+    )
+    w.freeze_inputs(node, f"weight norm reads whole rows; fold it before compiling: {remedy}")
+    return ()
+
+
 def reduce(w: Walker, node: fx.Node) -> Label:
     """Sum and mean: over a neuron dimension they read the neurons; a cut one adds nothing."""
     return _reduced(w, node, "reduction")
@@ -169,6 +179,7 @@ RULES: dict[str, Any] = {
     "batch_norm": channel_norm,
     "instance_norm": channel_norm,
     "group_norm": group_norm,
+    "_weight_norm": weight_norm,
     **dict.fromkeys(("sum", "mean"), reduce),
     **dict.fromkeys(
         (

@@ -208,3 +208,15 @@ def test_what_has_no_rule_says_so_with_its_place() -> None:
     group = next(g for g in neurons.groups if g.name == "stem")
     assert group.frozen
     assert "has no rule" in group.reason
+
+
+def test_weight_norm_says_how_to_fold_it() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
+    neurons = neurons_of(Sandwich(layer, 6))
+    assert free_neurons(neurons) == 0
+    (refusal,) = neurons.refusals
+    assert refusal.reason.startswith("weight norm reads whole rows; fold it before compiling: ")
+    (kept,) = {g.reason for g in neurons.groups if g.name == "stem"}
+    assert "weight that is computed" in kept
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert free_neurons(neurons_of(Sandwich(layer, 6))) == 8

@@ -27,7 +27,8 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [time, batch, 3]."""
         y = self.reader(self.between(self.first(x)))
-        return y[0] if isinstance(y, tuple) else y
+        made: Tensor = y[0] if isinstance(y, tuple) else y
+        return made
 
 
 class Spatial(nn.Module):
