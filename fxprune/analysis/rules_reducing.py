@@ -80,8 +80,8 @@ def group_norm(w: Walker, node: fx.Node) -> Label:
 def weight_norm(w: Walker, node: fx.Node) -> Label:
     """Weight norm: without one input, a row's norm and so all of its connections would change."""
     remedy = (
-        "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm "
-        "of torch.nn.utils if that made it"
+        "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or "
+        "torch.nn.utils.remove_weight_norm(layer) if it is of the older kind"
     )
     w.freeze_inputs(node, f"weight norm reads whole rows; fold it before compiling: {remedy}")
     return ()
