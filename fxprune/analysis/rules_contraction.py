@@ -48,6 +48,8 @@ def matmul(w: Walker, node: fx.Node) -> Label:
     a, b = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     if is_weight(w, b) and len(w.shape(b)) == 2:
         return _product(w, node, a, b, 0, 1)
+    if is_weight(w, b) and len(w.shape(b)) == 1:
+        return _scores(w, node, a, b)
     if is_weight(w, a) and len(w.shape(a)) == 2 and len(w.shape(b)) <= 2:
         return _left_product(w, node, a, b)
     return _values(w, node, a, b)
@@ -60,6 +62,17 @@ def addmm(w: Walker, node: fx.Node) -> Label:
         return _product(w, node, a, b, 0, 1, bias)
     w.freeze_inputs(node, "addmm of two computed values")
     return ()
+
+
+def _scores(w: Walker, node: fx.Node, x: Any, vector: Any) -> Label:
+    """``x [..., in] @ vector [in]``: one number for each position, as additive attention has it."""
+    last = len(w.shape(x)) - 1
+    columns, single = weight_axis(w, vector, 0), w.ledger.fresh(1)
+    w.ledger.freeze(single, "the only one of its dimension")
+    meet(w, x, last, columns)
+    connect(w, node, vector, columns, single)
+    carried = [a for a in w.label(x) if last not in a.dims and a.ids.numel() > 1]
+    return tuple(a.at(a.ids.squeeze(last)) for a in carried)
 
 
 def _left_product(w: Walker, node: fx.Node, weight: Any, x: Any) -> Label:

@@ -46,6 +46,18 @@ def rigid(w: Walker, node: fx.Node) -> Any:
     return move(w, node)
 
 
+def shift(w: Walker, node: fx.Node) -> Any:
+    """Rolling and windows: along a neuron dimension all must stay, along others they pass."""
+    x, given = node.args[0], node.args[2 if operation_name(node) == "roll" else 1 :][:1]
+    rank = len(w.shape(x))  # type: ignore[arg-type]
+    dims = given[0] if given and isinstance(given[0], (list, tuple)) else given
+    moved = {int(d) % rank for d in dims} or set(range(rank))  # type: ignore[arg-type]
+    for axis in w.label(x):
+        if moved & set(axis.dims):
+            w.refuse(node, f"{operation_name(node)} needs all neurons", axis.ids)
+    return move(w, node)
+
+
 def cut(w: Walker, node: fx.Node) -> Any:
     """A slice; one that skips neurons needs them all."""
     step = node.args[4] if len(node.args) > 4 else node.kwargs.get("step", 1)
@@ -328,8 +340,6 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(("constant_pad_nd", "pad", "reflection_pad1d", "replication_pad1d"), pad),
     **dict.fromkeys(
         (
-            "roll",
-            "unfold",
             "channel_shuffle",
             "pixel_shuffle",
             "pixel_unshuffle",
@@ -338,6 +348,7 @@ RULES: dict[str, Any] = {
         ),
         rigid,
     ),
+    **dict.fromkeys(("roll", "unfold"), shift),
     "slice": cut,
     "stack": stack,
     "getitem": getitem,

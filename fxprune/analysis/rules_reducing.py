@@ -87,6 +87,9 @@ def weight_norm(w: Walker, node: fx.Node) -> Label:
     return ()
 
 
+_BY_POSITION = frozenset({"sum", "mean", "max", "min", "amax", "amin"})
+
+
 def reduce(w: Walker, node: fx.Node) -> Label:
     """Sum and mean: over a neuron dimension they read the neurons; a cut one adds nothing."""
     return _reduced(w, node, "reduction")
@@ -107,16 +110,20 @@ def _reduced(w: Walker, node: fx.Node, kind: str) -> Label:
     out_rank = (value[0] if isinstance(value, (list, tuple)) else value).dim()
     kept = []
     for axis in w.label(x):
-        if dims & set(axis.dims):
-            w.read(node, x, axis.ids, kind)  # type: ignore[arg-type]
+        ids, over = axis.ids, dims & set(axis.dims)
+        if over and over < set(axis.dims) and operation_name(node) in _BY_POSITION:
+            # Parts of a split dimension, such as directions: position k of all is one neuron.
+            for d in sorted(over):
+                w.ledger.unify(ids, ids.narrow(d, 0, 1))
+                ids = ids.narrow(d, 0, 1)
+        elif over:
+            w.read(node, x, ids, kind)  # type: ignore[arg-type]
             if kind == "other":
-                w.refuse(node, f"{operation_name(node)} over neurons", axis.ids)
-            if set(axis.dims) <= dims:
-                continue
-            # Neurons along further dimensions: what remains is read as a whole.
-            w.refuse(node, f"{operation_name(node)} over part of a split dimension", axis.ids)
+                w.refuse(node, f"{operation_name(node)} over neurons", ids)
+            if over < set(axis.dims):
+                # Neurons along further dimensions: what remains is read as a whole.
+                w.refuse(node, f"{operation_name(node)} over part of a split dimension", ids)
             continue
-        ids = axis.ids
         if out_rank < rank:
             ids = ids.reshape([s for d, s in enumerate(ids.shape) if d not in dims])
         kept.append(axis.at(ids))

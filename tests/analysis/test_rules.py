@@ -45,6 +45,18 @@ class Weighted(nn.Module):
         return torch.einsum("btc,cd->btd", x, self.weight)
 
 
+class Scores(nn.Module):
+    """One number for each step, by a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [batch, 4, 8] to [batch, 4]."""
+        return x.tanh() @ self.vector
+
+
 class Attention(nn.Module):
     """Two heads of four."""
 
@@ -95,6 +107,10 @@ MOVING: dict[str, Case] = {
     "flip": (lambda x: x.flip(-1), 8, 8),
     "flip-time": (lambda x: x.flip(1), 8, 8),
     "roll": (lambda x: x.roll(1, -1), 8, 0),
+    "roll-time": (lambda x: x.roll(1, 1), 8, 8),
+    "roll-everything": (lambda x: x.roll(1), 8, 0),
+    "windows": (lambda x: x.unfold(1, 2, 1).flatten(2), 16, 8),
+    "windows-of-neurons": (lambda x: x.unfold(2, 4, 4).flatten(2), 8, 0),
     "chunk-cat": (lambda x: torch.cat(x.chunk(2, -1), -1), 8, 8),
     "split-cat": (lambda x: torch.cat([x.split([3, 5], -1)[1], x], -1), 13, 8),
     "cat-twice": (lambda x: torch.cat([x, x], -1), 16, 8),
@@ -130,6 +146,14 @@ REDUCING: dict[str, Case] = {
     "mean-of-all": (lambda x: x.mean((1, 2), keepdim=True), 1, 8),
     "centred": (lambda x: x - x.mean(-1, keepdim=True), 8, 8),
     "gated-by-the-mean": (lambda x: x * x.mean(-1, keepdim=True).sigmoid(), 8, 8),
+    "sum-of-parts": (lambda x: heads(x).sum(2), 4, 4),
+    "mean-of-parts": (lambda x: heads(x).mean(2, keepdim=True).flatten(2), 4, 4),
+    "mean-of-parts-and-time": (lambda x: heads(x).mean((1, 2)), 4, 4),
+    "sum-of-neighbours": (lambda x: x.unflatten(-1, (4, 2)).sum(-1), 4, 4),
+    "sum-within-parts": (lambda x: heads(x).sum(3), 2, 2),
+    "maxout": (lambda x: heads(x).max(2).values, 4, 4),
+    "maxout-of-neighbours": (lambda x: x.unflatten(-1, (4, 2)).amax(-1), 4, 4),
+    "norm-of-parts": (lambda x: heads(x).norm(dim=2), 4, 0),
     "mean-over-time": (lambda x: x.mean(1), 8, 8),
     "max-over-time": (lambda x: x.max(1).values, 8, 8),
     "max": (lambda x: x.amax(-1, keepdim=True), 1, 0),
@@ -155,6 +179,7 @@ REDUCING: dict[str, Case] = {
 
 CONTRACTION: dict[str, Case] = {
     "linear": (nn.Linear(8, 6), 6, 8),
+    "scores": (Scores(), 4, 8),
     "constant-weight": (lambda x: x @ torch.linspace(-1, 1, 40).view(8, 5), 5, 0),
     "products-of-steps": (lambda x: x @ x.transpose(1, 2), 4, 8),
     "products-of-neurons": (lambda x: x.transpose(1, 2) @ x, 8, 0),
