@@ -15,6 +15,7 @@ from tests.zoo_model import (
     Output,
     ZooModel,
     cell,
+    features,
     floats,
     integers,
     plain,
@@ -72,6 +73,26 @@ class PackedEncoderDecoder(nn.Module):
         )
         _, state = self.encoder(packed)
         return self.head(self.decoder(self.target(answer), state)[0])
+
+
+class VectorAttention(nn.Module):
+    """Windows of three steps, maxout, and additive attention whose scores a vector makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.lstm = nn.LSTM(18, 8, batch_first=True)
+        self.hidden = nn.Linear(8, 10)
+        self.vector = nn.Parameter(torch.randn(10))
+        self.pieces = nn.Linear(8, 12)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Output:
+        x = F.pad(torch.relu(self.stem(x)), (0, 0, 1, 1)).unfold(1, 3, 1)
+        x, _ = self.lstm(x.flatten(2))
+        shares = (torch.tanh(self.hidden(x)) @ self.vector).softmax(dim=1)
+        mean = (shares.unsqueeze(2) * x).sum(1)
+        return self.head(self.pieces(mean).unflatten(1, (2, 6)).max(1).values)
 
 
 class LuongDecoder(nn.Module):
@@ -192,6 +213,12 @@ SEQUENCE_TO_SEQUENCE = (
         words_lengths_answer,
         plain("source", "target", "head") | rnn("encoder", layers=2) | rnn("decoder", layers=2),
         batch=3,
+    ),
+    ZooModel(
+        "vector-attention",
+        VectorAttention,
+        features(5),
+        plain("stem", "hidden", "pieces", "head") | rnn("lstm") | {"vector": FEEDFORWARD},
     ),
     ZooModel(
         "luong-decoder",

@@ -32,6 +32,28 @@ def fourier_basis(samples: int) -> Tensor:
     return torch.cat([angles.cos(), -angles.sin()]) * torch.hann_window(samples)
 
 
+class SpeechRecognizer(nn.Module):
+    """Deep Speech 2: convolution over a spectrogram, then GRUs whose directions are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, stride=(2, 1), padding=1, bias=False)
+        self.conv_norm = settled(nn.BatchNorm2d(4))
+        self.gru1 = nn.GRU(16, 7, bidirectional=True)
+        self.norm = settled(nn.BatchNorm1d(7))
+        self.gru2 = nn.GRU(7, 7, bidirectional=True)
+        self.head = nn.Linear(7, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Output:
+        x = F.hardtanh(self.conv_norm(self.conv(x.transpose(1, 2).unsqueeze(1))), 0.0, 20.0)
+        batch, channels, bins, time = x.shape
+        x = x.reshape(batch, channels * bins, time).permute(2, 0, 1)
+        x = self.gru1(x)[0].view(time, batch, 2, -1).sum(2)
+        x = self.norm(x.reshape(time * batch, -1)).view(time, batch, -1)
+        x = self.gru2(x)[0]
+        return self.head(x[..., :7] + x[..., 7:]).transpose(0, 1)
+
+
 class TwoStageEnhancer(nn.Module):
     """DTLN: two LSTMs mask magnitudes, two more mask a learned representation of the result."""
 
@@ -263,6 +285,12 @@ def text_and_states(batch: int, time: int) -> Inputs:
 
 
 PUBLISHED = (
+    ZooModel(
+        "speech-recognizer",
+        SpeechRecognizer,
+        features(8),
+        plain("conv", "head") | rnn("gru1", both=True) | rnn("gru2", both=True),
+    ),
     ZooModel(
         "two-stage-enhancer",
         TwoStageEnhancer,
