@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.analysis.neurons import Block, ConnectionClass, Neurons
+from fxprune.analysis.neurons import Block, ConnectionClass, Group, Neurons
 from fxprune.analysis.rules_moving import RULES as MOVING
 from fxprune.analysis.walker import operation_name
 
@@ -32,7 +32,7 @@ _LAYERS = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_
 
 
 def classify(neurons: Neurons, program: Program) -> Neurons:
-    """Fills in the class, source and destination of every block."""
+    """Fills in the class, source and destination of every block, and which groups are recurrent."""
     roles = _uses_by_role(neurons.blocks)
     loops = {role: _between(uses) for role, uses in roles.items() if len(uses) > 1}
     recurrent_values = {n for nodes in loops.values() for n in nodes}
@@ -59,7 +59,24 @@ def classify(neurons: Neurons, program: Program) -> Neurons:
         )
         for block in neurons.blocks
     )
-    return replace(neurons, blocks=blocks)
+    carried = [
+        b.sources.reshape(-1)
+        for b in blocks
+        if b.connection_class is ConnectionClass.RECURRENT
+        and operation_name(b.consumer) not in _LAYERS
+    ]
+    return replace(neurons, blocks=blocks, groups=_marked(neurons.groups, carried))
+
+
+def _marked(groups: tuple[Group, ...], carried: list[torch.Tensor]) -> tuple[Group, ...]:
+    """Groups whose neurons a loop written by hand carries from step to step are recurrent."""
+    if not carried:
+        return groups
+    state = torch.cat(carried)
+    return tuple(
+        replace(g, recurrent=g.recurrent or bool(torch.isin(g.neurons, state).any()))
+        for g in groups
+    )
 
 
 def _role(block: Block) -> tuple[str, str]:

@@ -47,7 +47,8 @@ class Group:
         name: taken from the first tensor that produces them, such as ``encoder.l0``.
         neurons: their numbers, ascending, int64 [size].
         free: which of them may be removed, bool [size].
-        recurrent: whether they are units of a recurrent layer or cell.
+        recurrent: whether they are units of a recurrent layer or cell, or what a loop written by
+            hand carries from step to step.
         reason: why those that are not free must stay; empty if all are free.
     """
 

@@ -14,6 +14,7 @@ import fxprune
 from fxprune.analysis import Neurons, analyze
 from tests.analysis.sandwich import check_exact
 from tests.small import PackedTagger, Tagger, TiedModel, frames
+from tests.zoo import by_name
 
 
 def groups(neurons: Neurons) -> list[tuple[str, int, int, bool]]:
@@ -232,3 +233,22 @@ def test_a_hand_written_loop() -> None:
 def test_free_neurons_go_exactly(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     compact = check_exact(model, *inputs)
     assert compact.report.parameters_after < compact.report.parameters_before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("manual-gru", True),
+        ("manual-lstm", True),
+        ("iterated-residual", True),
+        ("gru-cell-loop", True),
+        ("mlp", False),
+        ("causal-convs", True),
+        ("lenet", False),
+    ],
+)
+def test_what_a_loop_carries_is_recurrent(name: str, expected: bool) -> None:
+    model = by_name(name)
+    inputs = model.inputs(model.batch, model.time)
+    neurons = analyze(fxprune.trace(model.build().eval(), inputs))
+    assert any(g.recurrent for g in neurons.groups) is expected
