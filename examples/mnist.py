@@ -1,15 +1,17 @@
-"""MNIST, four small models for it, and how they are trained and judged."""
+"""MNIST, small models for it, and how they are trained and judged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 
 import fxprune
 
@@ -29,16 +31,16 @@ class Mnist:
     test: Images
 
 
-def read_mnist(data: Path, every: int) -> Mnist:
-    """Read the images; of those to train on only every so-manyth.
+def read_mnist(data: Path, every: int, held_out: int = HELD_OUT) -> Mnist:
+    """Read the images; of those to train on only every so-manyth, but for the last, held out.
 
     Raises:
         FileNotFoundError: the files are not there; the message says which.
     """
     x, y = _read(data / "mnist" / "mnist_train.npz")
-    train = x[:-HELD_OUT:every], y[:-HELD_OUT:every]
+    train = x[:-held_out:every], y[:-held_out:every]
     test = _read(data / "mnist" / "mnist_test.npz")
-    return Mnist(train, (x[-HELD_OUT:], y[-HELD_OUT:]), test)
+    return Mnist(train, (x[-held_out:], y[-held_out:]), test)
 
 
 def _read(path: Path) -> Images:
@@ -172,14 +174,21 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
+def falling(steps: int, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The rate as it is, but over the last quarter of the steps it falls to 0."""
+    return LambdaLR(optimizer, lambda step: max(0.0, min(1.0, 4 * (1 - step / steps))))
+
+
 def make_task(mnist: Mnist, epochs: int, seed: int, checkpoint: Path | None = None) -> fxprune.Task:
-    """Training, judged by the accuracy on the validation images."""
+    """Training at a rate that falls in the end, judged by the accuracy on validation images."""
+    batches = Shuffled(mnist.train)
     return fxprune.Task(
         loss,
-        Shuffled(mnist.train),
+        batches,
         lambda model: accuracy(model, mnist.validation),
         goal="max",
         optimizer=adam,
+        scheduler=partial(falling, epochs * len(batches)),
         epochs=epochs,
         checkpoint=checkpoint,
         seed=seed,

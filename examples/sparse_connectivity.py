@@ -29,21 +29,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 import fxprune
+from examples.mnist import RowReader, accuracy, make_task, read_mnist
 from examples.result_lines import Run, add_result, markdown, read_results, spread
 from fxprune.contract import Pass
 from fxprune.passes import GradualMagnitude, Magnitude, SparseConnectivity
 from fxprune.progress import track
 from fxprune.training import fit, preserved_random_state
 
-BATCH = 128
 HELD_OUT = 5_000
-MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of the training images
 
 METHODS: Mapping[str, Callable[[float], Pass]] = {
     "learned": lambda asked: SparseConnectivity(target=1 - asked),
@@ -72,20 +68,6 @@ class Setting:
     every: int
 
 
-class RowReader(nn.Module):
-    """A GRU over the 28 rows of an image, and a linear layer on its last output."""
-
-    def __init__(self, hidden: int = 100) -> None:
-        super().__init__()
-        self.gru = nn.GRU(28, hidden, batch_first=True)
-        self.out = nn.Linear(hidden, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps images [batch, 28, 28] to scores [batch, 10]."""
-        outputs, _ = self.gru(x)
-        return self.out(outputs[:, -1])  # type: ignore[no-any-return]
-
-
 def lenet_300_100() -> nn.Module:
     """Three linear layers, 266,200 connections."""
     layers = [nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)]
@@ -96,50 +78,14 @@ def lenet_5() -> nn.Module:
     """Two convolutions and two linear layers, 430,500 connections."""
     convolutions = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2)]
     head = [nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10)]
-    return nn.Sequential(nn.Unflatten(1, (1, 28)), *convolutions, *head)
+    return nn.Sequential(*convolutions, *head)
 
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "lenet-300-100": lenet_300_100,
     "lenet-5": lenet_5,
-    "gru": RowReader,
+    "gru": lambda: RowReader(nn.GRU, 100),
 }
-
-Images = tuple[Tensor, Tensor]
-
-
-def read_images(folder: Path, part: str) -> Images:
-    """Images, float [n, 28, 28], of mean 0 and deviation 1, and their digits, int64 [n].
-
-    Raises:
-        FileNotFoundError: the folder has no ``mnist/mnist_train.npz`` or ``mnist_test.npz``.
-    """
-    with np.load(folder / "mnist" / f"mnist_{part}.npz") as file:
-        pixels, digits = torch.from_numpy(file["x"]), torch.from_numpy(file["y"])
-    return (pixels / 255 - MEAN) / DEVIATION, digits.long()
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """Full batches of images, in another order each time."""
-
-    images: Images
-
-    def __iter__(self) -> Iterator[Images]:
-        x, y = self.images
-        for chosen in torch.randperm(len(y)).split(BATCH)[: len(self)]:
-            yield x[chosen], y[chosen]
-
-    def __len__(self) -> int:
-        return len(self.images[1]) // BATCH
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Percentage of the images whose digit is found."""
-    parts = zip(images[0].split(1000), images[1].split(1000), strict=True)
-    found = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
-    return 100 * found / len(images[1])
 
 
 class Experiment:
@@ -147,28 +93,7 @@ class Experiment:
 
     def __init__(self, folder: Path, setting: Setting) -> None:
         self.setting = setting
-        x, y = read_images(folder, "train")
-        self.test = read_images(folder, "test")
-        self.train = (x[: -HELD_OUT : setting.every], y[: -HELD_OUT : setting.every])
-        self.validation = (x[-HELD_OUT:], y[-HELD_OUT:])
-
-    def task(self, epochs: int, seed: int) -> fxprune.Task:
-        """Cross entropy, Adam, the best epoch on held-out images."""
-        batches = Shuffled(self.train)
-        steps = epochs * len(batches)
-
-        def falling(step: int) -> float:
-            return max(0.0, min(1.0, 4 * (1 - step / steps)))
-
-        return fxprune.Task(
-            loss=lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]),
-            train=batches,
-            validate=lambda model: accuracy(model, self.validation),
-            goal="max",
-            scheduler=lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, falling),
-            epochs=epochs,
-            seed=seed,
-        )
+        self.mnist = read_mnist(folder, setting.every, HELD_OUT)
 
     def run(self, method: str, asked: float, seed: int) -> dict[str, Any]:
         """Trains from scratch, prunes on the way, judges."""
@@ -176,18 +101,18 @@ class Experiment:
             model = MODELS[self.setting.model]()
         epochs = self.setting.epochs
         if method == "dense":
-            fit(model, self.task(epochs, seed), name="dense")
-            return {"accuracy": accuracy(model.eval(), self.test)}
+            fit(model, make_task(self.mnist, epochs, seed), name="dense")
+            return {"accuracy": accuracy(model, self.mnist.test)}
         if method.startswith("magnitude"):
-            fit(model, self.task(epochs - epochs // 2, seed), name="before pruning")
+            fit(model, make_task(self.mnist, epochs - epochs // 2, seed), name="before pruning")
             epochs //= 2
         chosen = METHODS[method](asked)
-        example = self.train[0][:2]
+        example = self.mnist.train[0][:2]
         compact = fxprune.compile(
-            model, chosen, example_inputs=(example,), task=self.task(epochs, seed)
+            model, chosen, example_inputs=(example,), task=make_task(self.mnist, epochs, seed)
         )
         return {
-            "accuracy": accuracy(compact.module.eval(), self.test),
+            "accuracy": accuracy(compact.module, self.mnist.test),
             "removed": compact.report.sparsity,
             "parameters": compact.report.parameters_after,
             "policy": str(chosen),

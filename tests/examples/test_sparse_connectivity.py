@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from examples import sparse_connectivity
+from examples import mnist, sparse_connectivity
 from examples.result_lines import read_results
 
 
@@ -24,7 +23,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "mnist" / f"mnist_{part}.npz"
         np.savez(path, x=pixels.astype(np.uint8), y=digits.astype(np.uint8))
     monkeypatch.setattr(sparse_connectivity, "HELD_OUT", 100)
-    monkeypatch.setattr(sparse_connectivity, "BATCH", 32)
+    monkeypatch.setattr(mnist, "BATCH", 32)
     return tmp_path
 
 
@@ -41,16 +40,6 @@ def test_runs_are_kept_and_not_done_again(data: Path, capsys: pytest.CaptureFixt
     assert [r["method"] for r in runs] == ["dense", "learned", "magnitude"]
     assert all(0.79 < r["removed"] < 0.83 for r in runs[1:])
     assert capsys.readouterr().out.count("| gru | learned | 80.0% |") == 2
-
-
-def test_images_are_normalized_and_every_one_is_drawn_once(data: Path) -> None:
-    x, y = sparse_connectivity.read_images(data, "train")
-    assert (x.shape, x.dtype, y.dtype) == ((420, 28, 28), torch.float32, torch.int64)
-    assert float(x[y == 0].min()) == pytest.approx(-0.1307 / 0.3081)
-    batches = sparse_connectivity.Shuffled((x, torch.arange(420)))
-    drawn = torch.cat([numbers for _, numbers in batches])
-    assert len(batches) == 13
-    assert len(drawn.unique()) == len(drawn) == 13 * 32
 
 
 def line(method: str, seed: int, asked: float, accuracy: float) -> dict[str, Any]:
