@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import fxprune
 from fxprune.contract import Context, Facts, Pass
@@ -25,52 +24,24 @@ from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task
 from tests.laws import assert_same
+from tests.passes.tagging import (
+    BATCHES,
+    EXAMPLE,
+    WEIGHTS,
+    KilledLoss,
+    Tagger,
+    make_task,
+    momentum,
+    mse,
+)
 
-SIZES = {"stem.weight": 24, "rnn.weight_ih_l0": 90, "rnn.weight_hh_l0": 75, "head.weight": 10}
-TOTAL = sum(SIZES.values())
-
-
-class Tagger(nn.Module):
-    """Linear, GRU, Linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(4, 6)
-        self.rnn = nn.GRU(6, 5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(torch.tanh(self.stem(x)))[0])  # type: ignore[no-any-return]
+TOTAL = sum(WEIGHTS.values())
 
 
 @pytest.fixture(scope="module")
 def program() -> Program:
     torch.manual_seed(0)
-    return trace(Tagger(), torch.zeros(4, 2, 4))
-
-
-BATCHES = [torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-
-
-def mse(model: nn.Module, batch: Tensor) -> Tensor:
-    return functional.mse_loss(model(batch), batch[..., :2])
-
-
-def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Changes what is off, where nobody minds."""
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
-
-
-def make_task(**options: Any) -> Task:
-    given: dict[str, Any] = {
-        "loss": mse,
-        "train": BATCHES,
-        "validate": lambda m: float(mse(m, BATCHES[0])),
-        "goal": "min",
-        "optimizer": momentum,
-        "epochs": 4,
-    }
-    return Task(**(given | options))
+    return trace(Tagger(), EXAMPLE)
 
 
 def prune(program: Program, *passes: Pass, task: Task, protect: tuple[str, ...] = ()) -> Outcome:
@@ -100,7 +71,7 @@ def train(prepared: Prepared, batches: Iterable[Tensor], optimizer: torch.optim.
 def test_the_target_is_met(program: Program, target: float, structure: Any) -> None:
     chosen = SparseConnectivity(target=target, structure=structure)
     masks = prune(program, chosen, task=make_task()).program.masks.connections
-    kept = sum(int(masks[n].sum()) if n in masks else size for n, size in SIZES.items())
+    kept = sum(int(masks[n].sum()) if n in masks else size for n, size in WEIGHTS.items())
     allowed = TOTAL - math.floor((1 - target) * TOTAL + 1e-9)
     if structure == "connection":
         assert allowed <= kept <= allowed + 4  # one more where a weight had none
@@ -115,7 +86,7 @@ def test_the_target_is_met_where_all_variables_are_equal(program: Program, struc
     prepared = fxprune.prepare(program, chosen, steps=1)
     (prepared.module(BATCHES[0]).sum() * 0.0).backward()
     prepared.step()
-    kept = sum(mask_of(prepared, name).kept() for name in SIZES)
+    kept = sum(mask_of(prepared, name).kept() for name in WEIGHTS)
     assert 0.4 * TOTAL < kept <= 0.5 * TOTAL + 6 + 5 + 5  # the last weights keep a filter each
     if structure == "connection":
         assert kept in range(TOTAL - TOTAL // 2, TOTAL - TOTAL // 2 + 4)
@@ -126,7 +97,7 @@ def test_a_price_removes_more_the_higher_it_is(program: Program) -> None:
     for penalty in (0.0, 0.02, 0.1):
         chosen = SparseConnectivity(penalty=penalty, rate=5.0)
         masks = prune(program, chosen, task=make_task()).program.masks.connections
-        kept.append(sum(int(masks[n].sum()) if n in masks else s for n, s in SIZES.items()))
+        kept.append(sum(int(masks[n].sum()) if n in masks else s for n, s in WEIGHTS.items()))
     assert TOTAL >= kept[0] > kept[1] > kept[2] > 0
 
 
@@ -135,9 +106,9 @@ def test_connections_return(program: Program) -> None:
     prepared = fxprune.prepare(program, SparseConnectivity(penalty=0.05), steps=64)
     optimizer = torch.optim.SGD(prepared.module.parameters(), lr=0.05)
     train(prepared, BATCHES * 3, optimizer)
-    before = {n: mask_of(prepared, n).values > 0 for n in SIZES}
+    before = {n: mask_of(prepared, n).values > 0 for n in WEIGHTS}
     train(prepared, BATCHES * 3, optimizer)
-    returned = sum(int((~before[n] & (mask_of(prepared, n).values > 0)).sum()) for n in SIZES)
+    returned = sum(int((~before[n] & (mask_of(prepared, n).values > 0)).sum()) for n in WEIGHTS)
     assert returned > 0
 
 
@@ -159,8 +130,8 @@ def test_masks_are_final_in_the_last_part(program: Program) -> None:
     prepared = fxprune.prepare(program, SparseConnectivity(target=0.3, end=0.5), steps=16)
     optimizer = momentum(prepared.module.parameters())
     train(prepared, BATCHES, optimizer)
-    final = {n: mask_of(prepared, n).values.clone() for n in SIZES}
-    weights = {n: prepared.module.get_parameter(n).detach().clone() for n in SIZES}
+    final = {n: mask_of(prepared, n).values.clone() for n in WEIGHTS}
+    weights = {n: prepared.module.get_parameter(n).detach().clone() for n in WEIGHTS}
     train(prepared, BATCHES, optimizer)
     for name, values in final.items():
         assert torch.equal(mask_of(prepared, name).values, values)
@@ -201,7 +172,7 @@ def test_twice_in_a_row(program: Program) -> None:
     chosen = SparseConnectivity(target=0.5)
     first = prune(program, chosen, task=make_task()).program
     second = prune(first, chosen, task=make_task()).program
-    kept = {n: int(second.masks.connections[n].sum()) for n in SIZES}
+    kept = {n: int(second.masks.connections[n].sum()) for n in WEIGHTS}
     half = TOTAL - TOTAL // 2
     assert half - half // 2 <= sum(kept.values()) <= half - half // 2 + 4
     for name, mask in first.masks.connections.items():
@@ -296,26 +267,15 @@ def test_a_state_dict_continues_bit_for_bit(
     assert resumed.convert().report.sparsity == report.sparsity
 
 
-class KilledError(Exception):
-    pass
-
-
 def test_a_broken_run_continues_where_it_was(program: Program, tmp_path: Path) -> None:
     chosen = SparseConnectivity(target=0.3)
     whole = prune(program, chosen, task=make_task()).program
-    calls = 0
-
-    def fails_late(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 20:
-            raise KilledError
-        return mse(model, batch)
+    loss = KilledLoss(20)
 
     with pytest.raises(Exception, match="KilledError"):
-        prune(program, chosen, task=make_task(loss=fails_late, checkpoint=tmp_path))
-    continued = prune(program, chosen, task=make_task(loss=fails_late, checkpoint=tmp_path))
-    assert calls == 20 + 16  # two of four epochs were done
+        prune(program, chosen, task=make_task(loss=loss, checkpoint=tmp_path))
+    continued = prune(program, chosen, task=make_task(loss=loss, checkpoint=tmp_path))
+    assert loss.calls == 20 + 16  # two of four epochs were done
     assert continued.program.masks.same_as(whole.masks)
     for name, tensor in whole.tensors.items():
         assert torch.equal(continued.program.tensors[name], tensor)

@@ -28,6 +28,8 @@ from fxprune.program import Program, Refusal
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task
 from tests.laws import assert_same, at_precision
+from tests.passes import tagging
+from tests.passes.tagging import BATCHES, WEIGHTS, KilledLoss, mse, tagger
 from tests.zoo import by_name
 
 STEPS = 12
@@ -48,46 +50,12 @@ TRAINED = [  # all structures where there are most to tell apart, the mixtures e
 ]
 
 
-class Tagger(nn.Module):
-    """Linear, GRU, Linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(4, 6)
-        self.rnn = nn.GRU(6, 5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(torch.tanh(self.stem(x)))[0])  # type: ignore[no-any-return]
-
-
-BATCHES = [torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-FREE = {"stem.weight": 24, "rnn.weight_ih_l0": 90, "rnn.weight_hh_l0": 75, "head.weight": 10}
-
-
-def tagger() -> nn.Module:
-    torch.manual_seed(0)
-    return Tagger()
-
-
-def mse(model: nn.Module, batch: Tensor) -> Tensor:
-    return functional.mse_loss(model(batch), batch[..., :2])
-
-
 def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=0.01)
 
 
 def make_task(**options: Any) -> Task:
-    given: dict[str, Any] = {
-        "loss": mse,
-        "train": BATCHES,
-        "validate": lambda m: float(mse(m, BATCHES[0])),
-        "goal": "min",
-        "optimizer": momentum,
-        "epochs": 4,
-    }
-    return Task(**(given | options))
+    return tagging.make_task(**({"optimizer": momentum} | options))
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +302,7 @@ def test_final_masks_let_nothing_through() -> None:
 
 def zeros(learning: FollowingMasks) -> dict[str, int]:
     masks = learning.harden().masks.connections
-    return {n: int((~masks[n]).sum()) if n in masks else 0 for n in FREE}
+    return {n: int((~masks[n]).sum()) if n in masks else 0 for n in WEIGHTS}
 
 
 def test_sparsity_follows_the_ramp(program: Program) -> None:
@@ -343,7 +311,9 @@ def test_sparsity_follows_the_ramp(program: Program) -> None:
     for step in range(17):
         last = min(12, step // 2 * 2)
         reached = 1 - (1 - (last - 4) / 8) ** 3 if step >= 4 else 0.0
-        assert zeros(learning) == {n: math.floor(0.8 * reached * s + 1e-9) for n, s in FREE.items()}
+        assert zeros(learning) == {
+            n: math.floor(0.8 * reached * s + 1e-9) for n, s in WEIGHTS.items()
+        }
         train(learning, (BATCHES[0],), 1)
 
 
@@ -358,7 +328,7 @@ def test_masks_do_not_change_after_the_end(program: Program) -> None:
 
 def test_no_ramp_begins_at_full_sparsity(program: Program) -> None:
     learning = attached(program, DynamicPruning(0.5, ramp=0.0))
-    assert zeros(learning) == {n: s // 2 for n, s in FREE.items()}
+    assert zeros(learning) == {n: s // 2 for n, s in WEIGHTS.items()}
 
 
 # Coming back --------------------------------------------------------------------------------------
@@ -377,7 +347,7 @@ def raised(learning: FollowingMasks, steps: int) -> Regrowth:
 
 def test_what_was_removed_comes_back_and_is_counted(program: Program) -> None:
     learning = attached(program, DynamicPruning(0.5, ramp=0.0, every=2), protect=())
-    assert learning.regrown == {"connection": Regrowth(0, 0, sum(s // 2 for s in FREE.values()))}
+    assert learning.regrown == {"connection": Regrowth(0, 0, sum(s // 2 for s in WEIGHTS.values()))}
     assert raised(learning, 1) == learning.regrown["connection"]
     assert learning.regrown["connection"].returns == 0  # not yet time
     assert raised(learning, 1).returns == 4  # two at the call above, two more here
@@ -389,7 +359,7 @@ def test_what_was_removed_comes_back_and_is_counted(program: Program) -> None:
 def test_without_regrowth_it_stays_out(program: Program) -> None:
     learning = attached(program, DynamicPruning(0.5, ramp=0.0, every=1, regrow=False))
     before = learning.harden().masks
-    assert raised(learning, 3) == Regrowth(0, 0, sum(s // 2 for s in FREE.values()))
+    assert raised(learning, 3) == Regrowth(0, 0, sum(s // 2 for s in WEIGHTS.values()))
     assert learning.harden().masks.same_as(before)
 
 
@@ -438,7 +408,7 @@ def test_a_mixture_keeps_what_all_its_structures_keep(program: Program) -> None:
 
     both = masks("connection+row+filter", (0.5, 0.25, 0.4))
     alone = masks("connection", 0.5).connections, masks("row", 0.25).connections
-    for name in FREE:
+    for name in WEIGHTS:
         keep = [m[name] for m in alone if name in m]
         assert torch.equal(both.connections[name], torch.stack(keep).all(0))
     assert torch.equal(both.neurons, masks("filter", 0.4).neurons)
@@ -483,26 +453,15 @@ def test_state_dicts_resume_bit_for_bit(program: Program, structure: str) -> Non
     assert second.regrown == whole.regrown
 
 
-class KilledError(Exception):
-    pass
-
-
 def test_a_broken_run_continues_where_it_was(program: Program, tmp_path: Path) -> None:
     pass_ = DynamicPruning(0.7, "connection+filter", every=3)
     whole = prune(program, pass_).program
-    calls = 0
-
-    def fails_late(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 20:
-            raise KilledError
-        return mse(model, batch)
+    loss = KilledLoss(20)
 
     with pytest.raises(Exception, match="KilledError"):
-        prune(program, pass_, loss=fails_late, checkpoint=tmp_path)
-    continued = prune(program, pass_, loss=fails_late, checkpoint=tmp_path).program
-    assert calls == 20 + 16  # two of four epochs were done
+        prune(program, pass_, loss=loss, checkpoint=tmp_path)
+    continued = prune(program, pass_, loss=loss, checkpoint=tmp_path).program
+    assert loss.calls == 20 + 16  # two of four epochs were done
     assert continued.masks.same_as(whole.masks)
     for name, tensor in whole.tensors.items():
         assert torch.equal(continued.tensors[name], tensor)
@@ -544,7 +503,7 @@ def test_twice_in_a_row(program: Program) -> None:
     """What the first left is what the second takes its fraction of."""
     once = prune(program, DynamicPruning(0.5)).program
     twice = prune(once, DynamicPruning(0.5)).program.masks.connections
-    for name, size in FREE.items():
+    for name, size in WEIGHTS.items():
         assert bool((once.masks.connections[name] >= twice[name]).all())
         left = size - size // 2
         assert int(twice[name].sum()) == left - left // 2

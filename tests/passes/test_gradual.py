@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import fxprune
 from fxprune.contract import Context, Facts, Pass
@@ -22,6 +21,7 @@ from fxprune.pipeline import Outcome, run_passes
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task
+from tests.passes.tagging import BATCHES, EXAMPLE, KilledLoss, Tagger, make_task, momentum, mse
 
 FREE = {"stem.weight": 24, "rnn.weight_ih_l0": 90, "rnn.weight_hh_l0": 75, "head.weight": 10}
 CLASSES = {
@@ -32,47 +32,10 @@ CLASSES = {
 }
 
 
-class Tagger(nn.Module):
-    """Linear, GRU, Linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(4, 6)
-        self.rnn = nn.GRU(6, 5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(torch.tanh(self.stem(x)))[0])  # type: ignore[no-any-return]
-
-
 @pytest.fixture(scope="module")
 def program() -> Program:
     torch.manual_seed(0)
-    return trace(Tagger(), torch.zeros(4, 2, 4))
-
-
-BATCHES = [torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-
-
-def mse(model: nn.Module, batch: Tensor) -> Tensor:
-    return functional.mse_loss(model(batch), batch[..., :2])
-
-
-def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Revives what is masked, where nobody minds."""
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
-
-
-def make_task(**options: Any) -> Task:
-    given: dict[str, Any] = {
-        "loss": mse,
-        "train": BATCHES,
-        "validate": lambda m: float(mse(m, BATCHES[0])),
-        "goal": "min",
-        "optimizer": momentum,
-        "epochs": 4,
-    }
-    return Task(**(given | options))
+    return trace(Tagger(), EXAMPLE)
 
 
 def prune(program: Program, *passes: Pass, task: Task, protect: tuple[str, ...] = ()) -> Outcome:
@@ -259,27 +222,16 @@ def test_same_seed_same_result_and_nothing_else_changes(program: Program) -> Non
         assert not first.tensors[name]._backward_hooks
 
 
-class KilledError(Exception):
-    pass
-
-
 def test_a_broken_run_continues_where_it_was(program: Program, tmp_path: Path) -> None:
     """The masks and the step are in the checkpoint."""
     gradual = GradualMagnitude(0.8, every=3)
     whole = prune(program, gradual, task=make_task()).program
-    calls = 0
-
-    def fails_late(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 20:
-            raise KilledError
-        return mse(model, batch)
+    loss = KilledLoss(20)
 
     with pytest.raises(Exception, match="KilledError"):
-        prune(program, gradual, task=make_task(loss=fails_late, checkpoint=tmp_path))
-    continued = prune(program, gradual, task=make_task(loss=fails_late, checkpoint=tmp_path))
-    assert calls == 20 + 16  # two of four epochs were done
+        prune(program, gradual, task=make_task(loss=loss, checkpoint=tmp_path))
+    continued = prune(program, gradual, task=make_task(loss=loss, checkpoint=tmp_path))
+    assert loss.calls == 20 + 16  # two of four epochs were done
     assert continued.program.masks.same_as(whole.masks)
     for name, tensor in whole.tensors.items():
         assert torch.equal(continued.program.tensors[name], tensor)

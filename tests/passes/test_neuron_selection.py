@@ -22,45 +22,19 @@ from fxprune.passes import Magnitude, NeuronSelection
 from fxprune.passes.neuron_selection import _Selection
 from fxprune.preparing import Prepared
 from fxprune.training import Task
+from fxprune.training.task import adam as default_adam
 from tests.laws import assert_same
+from tests.passes import tagging
+from tests.passes.tagging import BATCHES, EXAMPLE, KilledLoss, Tagger, mse
 from tests.zoo import by_name
 
 
-class Tagger(nn.Module):
-    """Linear, two GRU layers, Linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(4, 6)
-        self.rnn = nn.GRU(6, 8, num_layers=2)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(torch.tanh(self.stem(x)))[0])  # type: ignore[no-any-return]
-
-
-EXAMPLE = torch.zeros(4, 2, 4)
-BATCHES = [torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-
-
-def mse(model: nn.Module, batch: Tensor) -> Tensor:
-    return functional.mse_loss(model(batch), batch[..., :2])
-
-
 def make_task(**options: Any) -> Task:
-    given: dict[str, Any] = {
-        "loss": mse,
-        "train": BATCHES,
-        "validate": lambda m: float(mse(m, BATCHES[0])),
-        "goal": "min",
-        "epochs": 8,
-    }
-    return Task(**(given | options))
+    return tagging.make_task(**({"optimizer": default_adam, "epochs": 8} | options))
 
 
 def tagger() -> Tagger:
-    torch.manual_seed(0)
-    return Tagger()
+    return tagging.tagger(8, 2)
 
 
 def prepared(options: NeuronSelection, steps: int = 40, model: nn.Module | None = None) -> Prepared:
@@ -261,24 +235,17 @@ def test_a_resumed_training_is_the_unbroken_one(criterion: Any) -> None:
 @pytest.mark.parametrize("cost", ["macs", "milliseconds"])
 def test_a_run_that_was_stopped_continues(cost: Any, tmp_path: Path) -> None:
     """Though milliseconds are measured anew, it is known as the same run."""
-    calls = 0
-
-    def fails_late(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 20:
-            raise KeyboardInterrupt
-        return mse(model, batch)
+    loss = KilledLoss(20, KeyboardInterrupt)
 
     def run() -> fxprune.Compact:
-        task = make_task(loss=fails_late, epochs=4, checkpoint=tmp_path)
+        task = make_task(loss=loss, epochs=4, checkpoint=tmp_path)
         options = NeuronSelection(target=0.5, cost=cost)
         return fxprune.compile(tagger(), options, example_inputs=EXAMPLE, task=task, progress=False)
 
     with pytest.raises(KeyboardInterrupt):
         run()
     assert run().report.parameters_after < 864
-    assert calls == 20 + 16  # two of four epochs were done
+    assert loss.calls == 20 + 16  # two of four epochs were done
 
 
 @pytest.mark.parametrize(("cost", "target"), [("macs", 0.5), ("macs", 0.15), ("parameters", 0.6)])
@@ -396,7 +363,7 @@ def test_protected_neurons_have_no_gate() -> None:
 def test_scope_says_which_neurons_have_gates() -> None:
     class Longer(Tagger):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(8, 2)
             self.first = nn.Linear(4, 4)
             self.last = nn.Linear(2, 2)
 

@@ -1,0 +1,94 @@
+"""A small tagger and its training, for tests of passes that train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fxprune.training import Task
+
+__all__ = [
+    "BATCHES",
+    "EXAMPLE",
+    "WEIGHTS",
+    "KilledError",
+    "KilledLoss",
+    "Tagger",
+    "make_task",
+    "momentum",
+    "mse",
+    "tagger",
+]
+
+EXAMPLE = torch.zeros(4, 2, 4)
+BATCHES = [torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+WEIGHTS = {"stem.weight": 24, "rnn.weight_ih_l0": 90, "rnn.weight_hh_l0": 75, "head.weight": 10}
+"""Those of a tagger of one layer, and how many connections each holds."""
+
+
+class Tagger(nn.Module):
+    """Linear, GRU, Linear."""
+
+    def __init__(self, units: int = 5, layers: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.rnn = nn.GRU(6, units, num_layers=layers)
+        self.head = nn.Linear(units, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [time, batch, 4] to [time, batch, 2]."""
+        return self.head(self.rnn(torch.tanh(self.stem(x)))[0])  # type: ignore[no-any-return]
+
+
+def tagger(units: int = 5, layers: int = 1) -> Tagger:
+    """The same one each time."""
+    torch.manual_seed(0)
+    return Tagger(units, layers)
+
+
+def mse(model: nn.Module, batch: Tensor) -> Tensor:
+    return functional.mse_loss(model(batch), batch[..., :2])
+
+
+def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Moves what is masked, where nobody minds."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
+
+
+def make_task(**options: Any) -> Task:
+    """Four epochs of eight batches."""
+    given: dict[str, Any] = {
+        "loss": mse,
+        "train": BATCHES,
+        "validate": lambda m: float(mse(m, BATCHES[0])),
+        "goal": "min",
+        "optimizer": momentum,
+        "epochs": 4,
+    }
+    return Task(**(given | options))
+
+
+class KilledError(Exception):
+    """What ends a training in the middle."""
+
+
+class KilledLoss:
+    """The loss, which raises an error at one call.
+
+    Attributes:
+        calls: how many there were.
+    """
+
+    def __init__(self, call: int, error: type[BaseException] = KilledError) -> None:
+        self._call, self._error = call, error
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self._call:
+            raise self._error
+        return mse(model, batch)
