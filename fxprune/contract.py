@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -38,6 +38,7 @@ from fxprune.program import Program, Refusal
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from fxprune.masking.masks import Masks
     from fxprune.training.task import Task
 
 __all__ = [
@@ -165,6 +166,14 @@ class PassResult:
     program: Program
     changed: bool
     refusals: tuple[Refusal, ...] = ()
+
+    @classmethod
+    def masking(
+        cls, program: Program, masks: Masks, refusals: tuple[Refusal, ...] = ()
+    ) -> PassResult:
+        """What a pass hands back that only masks."""
+        changed = not masks.same_as(program.masks)
+        return cls(replace(program, masks=masks) if changed else program, changed, refusals)
 
 
 class Pass(ABC):

@@ -148,19 +148,13 @@ def run(
 
 def _sizes_of(path: Path) -> dict[str, int]:
     """One image: 8 rows, whatever the file calls that dimension."""
-    shape = _session(path).get_inputs()[0].shape
+    shape = start_session(path).get_inputs()[0].shape
     return {d: n for d, n in zip(shape, (1, 8, 8), strict=True) if isinstance(d, str)}
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def _quality(dense: nn.Module, compact: Any, path: Path, test: Batch) -> str:
     """Accuracies on the test images, and how far the three forms of the pruned model differ."""
-    session = _session(path)
+    session = start_session(path)
     name = session.get_inputs()[0].name
 
     def onnx(images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxprune.errors import ConfigError
+from fxprune.onnx_session import open_session
 from fxprune.tables import render_table
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class _Subject:
         from fxprune.latency_inputs import dynamic_sizes, make_inputs
 
         self.path, self.threads = path, threads
-        session = _open(path, threads)
+        session = open_session(path, threads)
         self.sizes = dynamic_sizes(session.get_inputs(), sizes)
         feed = make_inputs(path, session.get_inputs(), self.sizes)
         self.run: Callable[[], Any] = lambda: session.run(None, feed)
@@ -143,22 +144,6 @@ class _Subject:
         p10, median, p90 = np.percentile(np.array(seconds) * 1e3, (10, 50, 90)).tolist()
         volume = self.path.stat().st_size
         return Latency(self.path, median, p10, p90, len(seconds), self.threads, self.sizes, volume)
-
-
-def _open(path: Path, threads: int) -> Any:
-    import onnxruntime
-
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}; name an ONNX file.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4  # everything that matters raises
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ConfigError(
-            f"onnxruntime cannot load {path}: {_first_line(error)}. Name an ONNX file."
-        ) from error
 
 
 def _time(subjects: Sequence[_Subject], runs: int | None) -> list[list[float]]:

@@ -20,7 +20,7 @@ networks", https://arxiv.org/abs/1506.02626.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -120,8 +120,7 @@ class Magnitude(Pass):
             masks, refusals = masks.cut_connections(keep), found.kept_weights
         else:
             masks, refusals = self._mask_positions(masks, found)
-        changed = not masks.same_as(program.masks)
-        return PassResult(replace(program, masks=masks) if changed else program, changed, refusals)
+        return PassResult.masking(program, masks, refusals)
 
     def _mask_positions(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
         weights = found.maskable

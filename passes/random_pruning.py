@@ -10,7 +10,7 @@ differ in nothing but the choice:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -104,5 +104,4 @@ class RandomPruning(Pass):
             drawn = {w.name: torch.rand(w.tensor.shape, generator=draw) for w in found.maskable}
             keep = cut_connections(scored(found.maskable, drawn), self.sparsity, self.scope)
             masks, refusals = program.masks.cut_connections(keep), found.kept_weights
-        changed = not masks.same_as(program.masks)
-        return PassResult(replace(program, masks=masks) if changed else program, changed, refusals)
+        return PassResult.masking(program, masks, refusals)

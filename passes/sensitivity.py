@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -164,8 +164,7 @@ class Sensitivity(Pass):
             else:
                 keep, reasons = self._lowest(scored(found.maskable, scores))
                 masks, refusals = masks.cut_connections(keep), (*found.kept_weights, *reasons)
-        changed = not masks.same_as(program.masks)
-        return PassResult(replace(program, masks=masks) if changed else program, changed, refusals)
+        return PassResult.masking(program, masks, refusals)
 
     def _scores(
         self, program: Program, facts: Facts, weights: Sequence[Weight]

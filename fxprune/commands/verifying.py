@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune.errors import ConfigError, VerificationError
 from fxprune.naming import symbol_names
+from fxprune.onnx_session import open_session
 from fxprune.tables import render_table
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
 from fxprune.verify import Difference, compare_outputs, rounding_effect, tolerance_of
@@ -59,7 +59,7 @@ def verify(program: Program, onnx: Path) -> dict[str, Difference]:
         ConfigError: the file cannot be run, or its inputs or outputs do not match the program's.
         VerificationError: they differ by more than rounding explains.
     """
-    session = _open(onnx)
+    session = open_session(onnx)
     names = _input_names(program, session)
     example = example_sizes(program)
     labels = symbol_names(program)
@@ -127,18 +127,6 @@ def _failure(label: str, problem: str, difference: Difference) -> VerificationEr
         max_abs=difference.max_abs,
         max_rel=difference.max_rel,
     )
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}; name an ONNX file.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # everything that matters raises
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ConfigError(f"onnxruntime cannot load {path}: {error}. Name an ONNX file.") from error
 
 
 def _input_names(program: Program, session: Any) -> dict[int, str]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ConfigError, LoweringError, VerificationError
+from fxprune.onnx_session import start_session
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,11 +87,8 @@ def compare(
 
 
 def _session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # everything that matters raises
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return start_session(path)
     except Exception as error:
         raise LoweringError(
             f"onnxruntime does not load the model: {error}. Try another opset; if none helps, "
