@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxprune.errors import ConfigError
+from fxprune.onnx_session import start_session
 from fxprune.randomness import preserved_random_state
 from fxprune.tables import render_pairs, render_table
 
