@@ -21,13 +21,19 @@ class LanguageModel(nn.Module):
     Args:
         tokens: size of the vocabulary.
         width: of the embedding and of both layers.
+        spread: embedding and decoder begin uniform between minus this and this; None for what
+            torch begins with, which are embeddings of deviation 1.
     """
 
-    def __init__(self, tokens: int, width: int) -> None:
+    def __init__(self, tokens: int, width: int, spread: float | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(tokens, width)
         self.lstm = nn.LSTM(width, width, num_layers=2)
         self.decoder = nn.Linear(width, tokens)
+        if spread is not None:
+            nn.init.uniform_(self.embedding.weight, -spread, spread)
+            nn.init.uniform_(self.decoder.weight, -spread, spread)
+            nn.init.zeros_(self.decoder.bias)
 
     def forward(self, tokens: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score what follows each token.

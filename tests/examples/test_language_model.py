@@ -69,3 +69,14 @@ def test_loss_is_the_logarithm_of_the_perplexity_but_for_rounding() -> None:
     assert float(loss.detach().exp()) == pytest.approx(perplexity, rel=2e-2)  # products in bfloat16
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_given_spread_bounds_embedding_and_decoder() -> None:
+    torch.manual_seed(0)
+    model = lm.LanguageModel(50, 20, spread=0.1)
+    for weight in (model.embedding.weight, model.decoder.weight):
+        assert 0.09 < float(weight.detach().abs().max()) <= 0.1
+    assert not model.decoder.bias.any()
+    assert float(lm.LanguageModel(50, 20).embedding.weight.detach().std()) == pytest.approx(
+        1, abs=0.1
+    )
