@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
+from fxprune.analysis.classes import distinct
 from fxprune.errors import ConfigError
 from fxprune.tables import render_pairs, render_table
 
@@ -142,7 +143,7 @@ def connection_graph(groups: tuple[Group, ...], blocks: tuple[Block, ...]) -> nx
             reason=group.reason,
             order=order,
         )
-    for block in blocks:
+    for block in distinct(blocks):
         source = block.source or f"inputs of {block.weight}"
         destination = block.destination or f"outputs of {block.weight}"
         if not block.source:
@@ -153,7 +154,7 @@ def connection_graph(groups: tuple[Group, ...], blocks: tuple[Block, ...]) -> nx
             source,
             destination,
             key=block.name,
-            weight=block.weight,
+            weight="+".join(block.weights),
             connection_class=block.connection_class.value,
             shape=" x ".join(str(n) for n in block.shape),
             connections=math.prod(block.shape),
@@ -180,7 +181,7 @@ def _summary(view: View) -> str:
     neurons = sum(group.size for group in view.groups)
     free = sum(int(group.free.sum()) for group in view.groups)
     by_class: Counter[str] = Counter()
-    for block in view.blocks:
+    for block in distinct(view.blocks):
         by_class[block.connection_class.value] += math.prod(block.shape)
     classes = ", ".join(f"{number:,} {kind}" for kind, number in by_class.items())
     return render_pairs(
@@ -201,6 +202,6 @@ def _table_of_blocks(view: View) -> str:
     columns = ("connections", "from", "to", "class", "shape")
     rows = [
         (b.name, b.source, b.destination, b.connection_class.value, " x ".join(map(str, b.shape)))
-        for b in view.blocks
+        for b in distinct(view.blocks)
     ]
     return render_table(columns, rows, limit=_SHOWN)

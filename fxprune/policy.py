@@ -229,10 +229,11 @@ def protected(program: Program, neurons: Neurons, patterns: Sequence[str]) -> Pr
     tensors = _matching(program, patterns)
     kept = torch.zeros(neurons.count, dtype=torch.bool)
     if tensors:
-        weights = {b.weight for b in neurons.blocks}
+        weights = {name for b in neurons.blocks if len(b.weights) == 1 for name in b.weights}
         units = _protected_operations(neurons, tensors)
         for block in neurons.blocks:
-            if block.weight in tensors or block.consumer in units:
+            whole = len(block.weights) == 1 and block.weight in tensors
+            if whole or block.consumer in units:
                 _mark(kept, block.destinations)
         for name in tensors - weights:
             for axis in neurons.owned.get(name, ()):
@@ -262,7 +263,7 @@ def _protected_operations(neurons: Neurons, tensors: frozenset[str]) -> set[fx.N
     recurrent = {
         b.consumer for b in neurons.blocks if b.connection_class is ConnectionClass.RECURRENT
     }
-    reads = {(b.consumer, b.weight) for b in neurons.blocks if b.consumer in recurrent}
+    reads = {(b.consumer, n) for b in neurons.blocks if b.consumer in recurrent for n in b.weights}
     reads |= {
         (op, str(n.target)) for op in recurrent for n in op.all_input_nodes if n.op == "get_attr"
     }

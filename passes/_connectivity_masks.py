@@ -78,7 +78,7 @@ def partition(weight: Weight, neurons: Neurons, structure: str, feature: str) ->
 
 def _units(weight: Weight, neurons: Neurons, rows: tuple[int, ...]) -> Tensor:
     """Which destination neuron each row belongs to, numbered from 0."""
-    block = next(b for b in neurons.blocks if b.weight == weight.name)
+    block = next(b for b in neurons.blocks if weight.name in b.weights)
     each = torch.arange(prod(rows))
     if not block.direct:
         return each

@@ -253,7 +253,7 @@ class MaskPlan:
         free = neurons.free.nonzero().flatten()
         cut = free[torch.rand(len(free), generator=generator) < self.neurons]
         keep = {}
-        for name in dict.fromkeys(block.weight for block in neurons.blocks):
+        for name in dict.fromkeys(name for block in neurons.blocks for name in block.weights):
             tensor = program.tensors[name]
             if program.kinds[name] is Kind.PARAMETER and (self.connections or self.lines):
                 mask = torch.rand(tensor.shape, generator=generator) >= self.connections

@@ -240,7 +240,8 @@ def test_connection_classes_are_those_of_the_table(single: Traced) -> None:
     classes: dict[str, tuple[str, ...]] = {}
     for block in view.blocks:
         kind = block.connection_class.value
-        classes[block.weight] = (*classes.get(block.weight, ()), kind)
+        for name in block.weights:
+            classes[name] = (*classes.get(name, ()), kind)
     assert classes == dict(single.model.classes)
 
 

@@ -189,6 +189,26 @@ class ManualLstm(nn.Module):
         return self.head(torch.stack(outputs, dim=1))
 
 
+class PartsLstm(nn.Module):
+    """Every gate has parameters of its own, put together for one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList([torch.randn(6, 5) / 3 for _ in range(4)])
+        self.u = nn.ParameterList([torch.randn(6, 6) / 3 for _ in range(4)])
+        self.b = nn.ParameterList([torch.randn(6) / 3 for _ in range(4)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Output:
+        w, u, b = torch.cat([*self.w]), torch.cat([*self.u]), torch.cat([*self.b])
+        h = c = x.new_zeros(x.shape[0], 6)
+        for x_t in x.unbind(1):
+            i, f, g, o = torch.chunk(F.linear(x_t, w, b) + h @ u.t(), 4, dim=1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return self.head(h)
+
+
 class JointLstm(nn.Module):
     """One matrix reads the step and the state together; the cell is normalized."""
 
@@ -271,6 +291,15 @@ MANUAL = (
         {"w_x.weight": INPUT * 5, "w_h.weight": RECURRENT * 5} | plain("head"),
         time_varies=False,
         notes="h_5 is the same neuron as h_1, so the last use of w_x is input like the others",
+    ),
+    ZooModel(
+        "manual-lstm-parts",
+        PartsLstm,
+        features(5),
+        {f"w.{i}": INPUT * 5 for i in range(4)}
+        | {f"u.{i}": RECURRENT * 5 for i in range(4)}
+        | plain("head"),
+        time_varies=False,
     ),
     ZooModel(
         "manual-lstm-joint",

@@ -181,12 +181,13 @@ def _blocks(walker: Walker, number: _Numbering) -> tuple[Block, ...]:
     seen: Counter[str] = Counter()
     blocks = []
     for use in walker.uses:
-        name = "+".join(dict.fromkeys(str(root.target) for root in walker.roots(use.operand)))
+        weights = tuple(dict.fromkeys(str(root.target) for root in walker.roots(use.operand)))
+        name = "+".join(weights)
         seen[name] += 1
         blocks.append(
             Block(
                 name=name if seen[name] == 1 else f"{name}#{seen[name]}",
-                weight=use.weight,
+                weights=weights,
                 operand=use.operand,
                 consumer=use.consumer,
                 sources=number(use.sources),

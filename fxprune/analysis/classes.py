@@ -25,7 +25,7 @@ from fxprune.analysis.walker import operation_name
 if TYPE_CHECKING:
     from fxprune.program import Program
 
-__all__ = ["classify"]
+__all__ = ["classify", "distinct"]
 
 _ORDER = [ConnectionClass.FEEDFORWARD, ConnectionClass.INPUT, ConnectionClass.RECURRENT]
 _LAYERS = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -37,7 +37,7 @@ def classify(neurons: Neurons, program: Program) -> Neurons:
     loops = {role: _between(uses) for role, uses in roles.items() if len(uses) > 1}
     recurrent_values = {n for nodes in loops.values() for n in nodes}
     leading = _leading_to_recurrent(program.graph, recurrent_values)
-    classes: dict[tuple[str, str], ConnectionClass] = {}
+    classes: dict[_Role, ConnectionClass] = {}
     for role, uses in roles.items():
         found = [_class_of(block, loops.get(role, set()), leading) for block in uses]
         classes[role] = max(found, key=_ORDER.index)
@@ -79,13 +79,24 @@ def _marked(groups: tuple[Group, ...], carried: list[torch.Tensor]) -> tuple[Gro
     )
 
 
-def _role(block: Block) -> tuple[str, str]:
-    """A tensor in one kind of use; a tied embedding and decoder are two."""
-    return block.weight, operation_name(block.consumer)
+def distinct(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """Each weight once for each kind of use: loops use the same connections again and again."""
+    first: dict[_Role, Block] = {}
+    for block in blocks:
+        first.setdefault(_role(block), block)
+    return tuple(first.values())
 
 
-def _uses_by_role(blocks: tuple[Block, ...]) -> dict[tuple[str, str], list[Block]]:
-    roles: dict[tuple[str, str], list[Block]] = defaultdict(list)
+_Role = tuple[tuple[str, ...], str]
+
+
+def _role(block: Block) -> _Role:
+    """A weight in one kind of use; a tied embedding and decoder are two."""
+    return block.weights, operation_name(block.consumer)
+
+
+def _uses_by_role(blocks: tuple[Block, ...]) -> dict[_Role, list[Block]]:
+    roles: dict[_Role, list[Block]] = defaultdict(list)
     for block in blocks:
         roles[_role(block)].append(block)
     return roles

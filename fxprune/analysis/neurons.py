@@ -76,7 +76,7 @@ class Block:
     Attributes:
         name: the weight's name, ``a.weight+b.weight`` if it is put together from several; further
             uses of a tied weight end in ``#2``, ``#3``, ...
-        weight: name of the tensor in the program, the first if the weight is several.
+        weights: names of the tensors that the weight is: one, or several put together.
         operand: the node that the operation reads, the weight itself or a rearrangement of it.
         consumer: the operation.
         sources: neuron at the far end of each connection, broadcastable to the operand; all
@@ -89,7 +89,7 @@ class Block:
     """
 
     name: str
-    weight: str
+    weights: tuple[str, ...]
     operand: fx.Node
     consumer: fx.Node
     sources: Tensor
@@ -98,6 +98,11 @@ class Block:
     connection_class: ConnectionClass = ConnectionClass.FEEDFORWARD
     source: str | None = None
     destination: str = ""
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight, of the first if it is put together of several."""
+        return self.weights[0]
 
     @property
     def direct(self) -> bool:

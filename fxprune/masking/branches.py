@@ -75,8 +75,9 @@ def find_branches(
     users = {str(n.target): set(n.users) for n in order if n.op == "get_attr"}
     weights_of: dict[fx.Node, list[str]] = {}
     for block in neurons.blocks:
-        weights_of.setdefault(block.consumer, []).append(block.weight)
-        users.setdefault(block.weight, set()).add(block.consumer)
+        weights_of.setdefault(block.consumer, []).extend(block.weights)
+        for name in block.weights:
+            users.setdefault(name, set()).add(block.consumer)
     branches, refusals = [], []
     for total in program.graph.nodes:
         for shortcut, end in _sums(total):
@@ -172,9 +173,10 @@ def _named(program: Program, node: Any) -> Iterator[tuple[str, int]]:
 def batch_normalized(neurons: Neurons) -> frozenset[str]:
     """The weights of products that a batch norm reads, at most by way of functions of one value."""
     return frozenset(
-        b.weight
+        name
         for b in neurons.blocks
         if operation_name(b.consumer) in _PRODUCTS and _reaches_batch_norm(b.consumer)
+        for name in b.weights
     )
 
 

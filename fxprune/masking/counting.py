@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
+from fxprune.analysis.classes import distinct
 from fxprune.analysis.neurons import ConnectionClass
-from fxprune.errors import DependencyError
+from fxprune.masking.operands import operand_mask
 from fxprune.program import Kind
 
 if TYPE_CHECKING:
@@ -80,7 +79,8 @@ class Counts:
 
     Attributes:
         groups: one entry per neuron group, in execution order.
-        blocks: one entry per block, in execution order; a tied weight has one for each use.
+        blocks: one entry per block, in execution order; a tied weight has one for each kind of
+            use, and one that a loop uses at each step has one.
         by_class: connections of the classes that the program has.
         parameters: entries of all parameters; after: of those that the compact program holds.
     """
@@ -125,7 +125,7 @@ def count(
     )
     blocks = tuple(
         BlockCount(b.name, b.connection_class, _connections(b, masks, source_counts, alive))
-        for b in neurons.blocks
+        for b in distinct(neurons.blocks)
     )
     by_class = {
         kind: sum((b.connections for b in blocks if b.connection_class is kind), Count(0, 0))
@@ -141,9 +141,9 @@ def count(
 
 def _connections(block: Block, masks: Masks, sources: Tensor, alive: Tensor) -> Count:
     left = _look_up(sources, block.sources) & _look_up(alive, block.destinations)
-    mask = masks.connections.get(block.weight)
+    mask = operand_mask(block, masks.connections)
     if mask is not None:
-        left = left & (mask if block.direct else _mask_of_operand(block, mask)).to(left.device)
+        left = left & mask.to(left.device)
     # Arrays may be 1 along a dimension that carries no neurons: each entry stands for several.
     repeats = math.prod(block.shape) // max(1, left.numel())
     return Count(math.prod(block.shape), int(left.count_nonzero()) * repeats)
@@ -153,50 +153,3 @@ def _look_up(flags: Tensor, numbers: Tensor) -> Tensor:
     """Flags of neurons; True where there is none."""
     none = numbers < 0
     return flags[numbers.clamp(min=0)] | none if len(flags) else none
-
-
-def _mask_of_operand(block: Block, mask: Tensor) -> Tensor:
-    """Follows a mask from its weight through the rearrangement that the operation reads."""
-    values: dict[fx.Node, Any] = {}
-    for node in _ancestry(block.operand):
-        values[node] = _follow(node, values, block.weight, mask)
-    followed = values[block.operand]
-    if tuple(followed.shape) != block.shape:
-        raise DependencyError(
-            f"the mask of {block.weight!r} has shape {list(followed.shape)} where "
-            f"{block.consumer.name!r} reads the weight as {list(block.shape)}. Please report the "
-            "model.",
-            nodes=(block.operand.name, block.consumer.name),
-        )
-    return followed != 0  # type: ignore[no-any-return]
-
-
-def _follow(node: fx.Node, values: Mapping[fx.Node, Any], weight: str, mask: Tensor) -> Any:
-    if node.op == "get_attr":
-        if node.target == weight:
-            return mask.float()
-        return torch.ones(tuple(int(n) for n in node.meta["val"].shape))
-    if node.op == "placeholder" or not isinstance(node.meta.get("val"), Tensor):
-        return _hint(node)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _ancestry(node: fx.Node) -> list[fx.Node]:
-    """A node and all that it is computed from, in execution order."""
-    found: dict[fx.Node, None] = {}
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found[current] = None
-            waiting.extend(current.all_input_nodes)
-    return sorted(found)
-
-
-def _hint(node: fx.Node) -> Any:
-    """The value of a size at the example; a tensor of ones for an input."""
-    value = node.meta["val"]
-    if isinstance(value, Tensor):
-        return torch.ones(tuple(int(n) for n in value.shape))
-    return pytree.tree_map_only(torch.SymInt, int, value)

@@ -114,7 +114,8 @@ def scaled_blocks(program: Program, neurons: Neurons) -> tuple[Block, ...]:
     """
     uses: dict[str, list[Block]] = {}
     for block in neurons.blocks:
-        uses.setdefault(block.weight, []).append(block)
+        for name in block.weights:
+            uses.setdefault(name, []).append(block)
     return tuple(
         block
         for weight, blocks in uses.items()

@@ -147,8 +147,9 @@ def _weights(program: Program, neurons: Neurons, living: Tensor) -> tuple[Weight
     first_use: dict[str, Block] = {}
     ends = torch.zeros(neurons.count, dtype=torch.bool)
     for block in neurons.blocks:
-        if block.weight in program.tensors and program.tensors[block.weight].dim() > 1:
-            first_use.setdefault(block.weight, block)
+        for name in block.weights:
+            if name in program.tensors and program.tensors[name].dim() > 1:
+                first_use.setdefault(name, block)
         for numbers in (block.sources, block.destinations):
             ends[numbers[numbers >= 0]] = True
     dead = ends & ~living

@@ -141,8 +141,9 @@ def _classes(neurons: Neurons) -> dict[str, ConnectionClass]:
     """The most cautious class among the uses of each weight."""
     found: dict[str, ConnectionClass] = {}
     for block in neurons.blocks:
-        uses = (found.get(block.weight, CAUTION[0]), block.connection_class)
-        found[block.weight] = max(uses, key=CAUTION.index)
+        for name in block.weights:
+            uses = (found.get(name, CAUTION[0]), block.connection_class)
+            found[name] = max(uses, key=CAUTION.index)
     return found
 
 
@@ -150,11 +151,13 @@ def _layers(neurons: Neurons) -> dict[str, str]:
     """A name for each weight's layer: weights that meet in one operation are of one layer."""
     layer: dict[str, str] = {}
     for block in neurons.blocks:
-        layer.setdefault(block.weight, block.weight.removesuffix(".weight"))
+        for name in block.weights:
+            layer.setdefault(name, name.removesuffix(".weight"))
     uses: dict[object, str] = {}
     for block in neurons.blocks:
         first = uses.setdefault(block.consumer, block.weight)
-        _join(layer, first, block.weight)
+        for name in block.weights:
+            _join(layer, first, name)
     return layer
 
 

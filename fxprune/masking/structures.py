@@ -167,7 +167,10 @@ def _rows_of_fixed_neurons(weight: Weight, dims: tuple[int, ...], found: Prunabl
 
 def _kernel_weights(found: Prunable) -> frozenset[str]:
     return frozenset(
-        b.weight for b in found.neurons.blocks if operation_name(b.consumer).startswith("conv")
+        name
+        for b in found.neurons.blocks
+        if operation_name(b.consumer).startswith("conv")
+        for name in b.weights
     )
 
 
@@ -175,7 +178,7 @@ def _seen_from(structure: str, weight: Weight, found: Prunable) -> Weight:
     """The weight with the neurons that it counts for: those it enters, leaves, or both."""
     if structure == "neuron":
         return weight
-    blocks = [b for b in found.neurons.blocks if b.weight == weight.name]
+    blocks = [b for b in found.neurons.blocks if weight.name in b.weights]
     if all(b.direct for b in blocks):
         ends = [b.destinations if structure == "filter" else b.sources for b in blocks]
         axes = [a for i, a in enumerate(ends) if not any(torch.equal(a, b) for b in ends[:i])]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.analysis.walker import operation_name
-from fxprune.shrinking.liveness import operand_mask
+from fxprune.masking.operands import operand_mask
 
 if TYPE_CHECKING:
     from fxprune.analysis.neurons import Block, Neurons
@@ -55,7 +55,7 @@ def fold_constants(program: Program, neurons: Neurons) -> Program:
     if not program.masks.connections:  # only a row that is masked whole is constant
         return program
     constants = find_constants(program, neurons)
-    uses = Counter(b.weight for b in neurons.blocks)
+    uses = Counter(name for b in neurons.blocks for name in b.weights)
     tensors, cut = dict(program.tensors), {}
     for block in neurons.blocks:
         values = next((constants[v] for v in _read_values(block) if v in constants), None)

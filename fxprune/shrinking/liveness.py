@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import Tensor
+
+from fxprune.masking.operands import operand_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from fxprune.analysis.neurons import Block, Neurons
     from fxprune.masking.masks import Masks
 
-__all__ = ["alive_neurons", "kept_neurons", "operand_mask"]
+__all__ = ["alive_neurons", "kept_neurons"]
 
 
 def alive_neurons(neurons: Neurons, masks: Masks) -> Tensor:
@@ -70,32 +70,6 @@ class _Connections:
             wanted = np.any(wanted, axis=repeated, keepdims=True)
         read = self.sources[np.broadcast_to(wanted, shape)]
         alive[read] |= ~cut[read]
-
-
-def operand_mask(block: Block, connections: Mapping[str, Tensor]) -> Tensor | None:
-    """Which connections of a block masks keep, bool of the operand's shape; None if all."""
-    if block.direct:
-        return connections.get(block.weight)
-    touched = [n for n in _roots(block.operand) if str(n.target) in connections]
-    return _evaluate(block.operand, connections) if touched else None
-
-
-def _roots(node: fx.Node) -> list[fx.Node]:
-    if node.op == "get_attr":
-        return [node]
-    return [r for n in node.all_input_nodes for r in _roots(n)]
-
-
-def _evaluate(node: fx.Node, connections: Mapping[str, Tensor]) -> Tensor:
-    """A rearrangement of weights, run on their masks."""
-    if node.op == "get_attr":
-        shape = node.meta["val"].shape
-        mask = connections.get(str(node.target))
-        return torch.ones(tuple(shape), dtype=torch.bool) if mask is None else mask
-    values = {n: _evaluate(n, connections) for n in node.all_input_nodes}
-    arguments, options = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    result: Tensor = node.target(*arguments, **options)  # type: ignore[operator]
-    return result
 
 
 def kept_neurons(neurons: Neurons, alive: Tensor) -> Tensor:

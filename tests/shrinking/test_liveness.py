@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.analysis import Neurons, analyze
 from fxprune.masking.masks import Masks
-from fxprune.shrinking.liveness import alive_neurons, kept_neurons, operand_mask
+from fxprune.masking.operands import operand_mask
+from fxprune.shrinking.liveness import alive_neurons, kept_neurons
 from tests.small import Tagger, frames
 
 
