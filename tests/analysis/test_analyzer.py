@@ -108,11 +108,8 @@ def test_a_weight_of_several_parts_names_them_all() -> None:
     compact = check_exact(Merged(), frames())
     rows = [compact.module.get_parameter(n).shape[0] for n in ("a.weight", "b.weight")]
     assert sum(rows) == 5
-    assert [block.name for block in compact.report.counts.blocks] == [
-        "a.weight+b.weight",
-        "a.weight+b.weight#2",
-        "head.weight",
-    ]
+    counted = [block.name for block in compact.report.counts.blocks]
+    assert counted == ["a.weight+b.weight", "head.weight"]  # once, however often it is used
 
 
 class Chain(nn.Module):
