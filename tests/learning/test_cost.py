@@ -60,8 +60,11 @@ def test_whole_neurons_cost_what_is_counted(model: ZooModel) -> None:
         assert entries == small.tensors[name].numel(), name
     assert parameters.dense == counts.parameters.before
     blocks = Cost(program, neurons, "macs")
-    found = blocks.entries(alive).tolist()
-    assert found == [b.connections.after for b in counts.blocks]
+    found = dict(zip(blocks.names, blocks.entries(alive).tolist(), strict=True))
+    counted = {b.name: b.connections.after for b in counts.blocks}
+    assert {name: found[name] for name in counted} == counted
+    by_weight = {name.partition("#")[0]: n for name, n in counted.items()}
+    assert all(n == by_weight[name.partition("#")[0]] for name, n in found.items())  # every use
     if macs(program) == pytest.approx(blocks.dense):
         assert float(blocks.expected(alive)) == pytest.approx(macs(small), rel=1e-12)
 
