@@ -180,7 +180,7 @@ class FollowingMasks(Learning):
         for structure, tally in self._tallied():
             masks = masks.cut_neurons(structure.cut(tally.keep.cpu()))
         values: dict[str, Tensor] = {}
-        for name, keep in self._kept_entries(branches=True).items():
+        for name, keep in self._kept_entries(final=True).items():
             if not bool(keep.all()):
                 value = trained.tensors[name].detach()
                 values[name] = value * keep.to(value)
@@ -189,16 +189,17 @@ class FollowingMasks(Learning):
                     masks = masks.cut_connections({name: whole})
         return replace(owned(trained, values), masks=masks)
 
-    def _kept_entries(self, *, branches: bool) -> dict[str, Tensor]:
+    def _kept_entries(self, *, final: bool) -> dict[str, Tensor]:
         """What all structures together keep of each tensor, broadcastable to it.
 
         Args:
-            branches: whether the tensors that branches end in are masked; else what comes out of
-                the branch is, and all that is in it goes on learning.
+            final: whether it is for good. Then the tensors that branches end in are masked, while
+                before what comes out of them is, and all that is in them goes on learning; and
+                neurons are cut whole, while before rows of dropped units are masked.
         """
         kept: dict[str, Tensor] = {}
         for structure, tally in self._tallied():
-            if branches or not structure.ends:
+            if not (structure.name in NEURON_STRUCTURES if final else structure.ends):
                 for name, keep in structure.masks(tally.keep.cpu()).items():
                     kept[name] = kept[name] & keep if name in kept else keep
         return kept
@@ -229,7 +230,7 @@ class FollowingMasks(Learning):
 
     def _apply(self) -> None:
         """What all structures keep is in."""
-        for name, keep in self._kept_entries(branches=False).items():
+        for name, keep in self._kept_entries(final=False).items():
             self._part(mask_module_name(name)).update(keep)
         for structure, tally in self._tallied():
             for i in range(len(structure.ends)):

@@ -25,10 +25,11 @@ from fxprune.analysis.walker import operation_name
 if TYPE_CHECKING:
     from fxprune.program import Program
 
-__all__ = ["classify", "distinct"]
+__all__ = ["LAYERS", "classify", "distinct"]
 
 _ORDER = [ConnectionClass.FEEDFORWARD, ConnectionClass.INPUT, ConnectionClass.RECURRENT]
-_LAYERS = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+LAYERS = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+"""Operations with fixed roles for their weights."""
 
 
 def classify(neurons: Neurons, program: Program) -> Neurons:
@@ -63,7 +64,7 @@ def classify(neurons: Neurons, program: Program) -> Neurons:
         b.sources.reshape(-1)
         for b in blocks
         if b.connection_class is ConnectionClass.RECURRENT
-        and operation_name(b.consumer) not in _LAYERS
+        and operation_name(b.consumer) not in LAYERS
     ]
     return replace(neurons, blocks=blocks, groups=_marked(neurons.groups, carried))
 
@@ -103,7 +104,7 @@ def _uses_by_role(blocks: tuple[Block, ...]) -> dict[_Role, list[Block]]:
 
 
 def _class_of(block: Block, loop: set[fx.Node], leading: set[fx.Node]) -> ConnectionClass:
-    if operation_name(block.consumer) in _LAYERS:
+    if operation_name(block.consumer) in LAYERS:
         leaf = _layer_argument(block)
         return ConnectionClass.INPUT if leaf == "ih" else ConnectionClass.RECURRENT
     if block.consumer in loop:
@@ -121,7 +122,7 @@ def _layer_argument(block: Block) -> str:
 
 def _between(uses: list[Block]) -> set[fx.Node]:
     """Nodes on a path from one use of a tensor to another; the uses themselves included."""
-    consumers = {b.consumer for b in uses if operation_name(b.consumer) not in _LAYERS}
+    consumers = {b.consumer for b in uses if operation_name(b.consumer) not in LAYERS}
     if len(consumers) < 2:
         return set()
     after = _closure(consumers, lambda n: n.users)
@@ -162,7 +163,7 @@ def _leads(
     if user.op != "call_function":
         return False
     name = operation_name(user)
-    if name in _LAYERS:
+    if name in LAYERS:
         return _is_state(user, node)
     if name in _CONTRACTIONS and _through_weight(user, node):
         return False

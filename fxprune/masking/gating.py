@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from fxprune.analysis.walker import operation_name
 from fxprune.masking.insertion import MaskInsertion
+from fxprune.masking.shielding import SHIELDED
 from fxprune.program import Kind
 
 if TYPE_CHECKING:
@@ -200,6 +201,13 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0] * torch.maximum(keep, through), None, None
 
 
+def _rows(block: Block) -> Tensor | None:
+    """The neurons that a product's outputs are, one for each; None if there is no telling."""
+    if not block.direct or block.destinations.numel() != block.shape[0]:
+        return None
+    return block.destinations.reshape(-1)
+
+
 def _gated(x: Tensor, vector: Tensor, neurons: Tensor) -> Tensor:
     """Multiplies by the gates of the neurons that a value belongs to."""
     return x * vector[neurons].to(x.dtype)
@@ -247,6 +255,11 @@ class _GateInsertion(MaskInsertion):
 
     def gate_block(self, block: Block) -> None:
         """Multiplies by scales where those can go into the weight later."""
+        self._gate_sources(block)
+        if self.values:
+            self._shield(block)
+
+    def _gate_sources(self, block: Block) -> None:
         axes = self._axes_of_value(block)
         if axes:
             consumer = self.twins[block.consumer]
@@ -296,6 +309,20 @@ class _GateInsertion(MaskInsertion):
             )
         product.meta = dict(operand.meta)
         return product
+
+    def _shield(self, block: Block) -> None:
+        """Keeps gradients of neurons that are out from what the product that makes them reads."""
+        consumer, rows = self.twins[block.consumer], _rows(block)
+        function = SHIELDED.get(consumer.target)
+        if function is None or rows is None or not self.touches(rows):
+            return
+        with self.graph.inserting_before(consumer):
+            numbers = self.constant(rows, "neurons", None)
+            shielded = self.graph.call_function(function, (self.whole, numbers, *consumer.args))
+        shielded.meta = dict(consumer.meta)
+        consumer.replace_all_uses_with(shielded)
+        self.graph.erase_node(consumer)
+        self.twins[block.consumer] = shielded
 
     def keep(self, ids: Tensor, dtype: torch.dtype) -> fx.Node:
         """A node for which of these neurons are there."""

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
+from fxprune.analysis.classes import LAYERS
 from fxprune.analysis.walker import operation_name
 from fxprune.masking.branches import Branch, find_branches
 from fxprune.masking.cutting import cut_connections, cut_neurons, scored
@@ -114,7 +115,8 @@ def make_structure(
         return _Connections(name, sum(w.tensor.numel() for w in found.maskable), found, scope)
     if name in NEURON_STRUCTURES:
         weights = tuple(_seen_from(name, w, found) for w in found.weights)
-        return _Neurons(name, found.neurons.count, found, weights, scope)
+        rows = _recurrent_weights(found) if name == "filter" else frozenset()
+        return _Neurons(name, found.neurons.count, found, weights, scope, rows)
     if name == "depth":
         branches, refusals = find_branches(program, found.neurons, protection)
         return _Branches(name, len(branches), branches, refusals)
@@ -174,6 +176,15 @@ def _kernel_weights(found: Prunable) -> frozenset[str]:
     )
 
 
+def _recurrent_weights(found: Prunable) -> frozenset[str]:
+    return frozenset(
+        name
+        for b in found.neurons.blocks
+        if operation_name(b.consumer) in LAYERS
+        for name in b.weights
+    )
+
+
 def _seen_from(structure: str, weight: Weight, found: Prunable) -> Weight:
     """The weight with the neurons that it counts for: those it enters, leaves, or both."""
     if structure == "neuron":
@@ -194,6 +205,13 @@ def _varying(axis: Tensor) -> tuple[int, ...]:
 
 def _updated(weights: Sequence[Weight], values: Values) -> list[Weight]:
     return [replace(w, tensor=values[w.name]) for w in weights]
+
+
+def _all(parts: Sequence[Tensor]) -> Tensor:
+    both = parts[0]
+    for part in parts[1:]:
+        both = both & part
+    return both
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
@@ -275,13 +293,14 @@ class _Positions(Structure):
 
 @dataclass(frozen=True)
 class _Neurons(Structure):
-    """Neurons, judged by some or all of their weights."""
+    """Neurons, judged by some or all of their weights; the rows of some may be masked with them."""
 
     name: str
     size: int
     found: Prunable
     weights: tuple[Weight, ...]
     scope: str
+    rows: frozenset[str]
 
     def scores(self, values: Values) -> Tensor:
         return neuron_scores(_updated(self.weights, values), self.size, 1)
@@ -291,6 +310,14 @@ class _Neurons(Structure):
         numbers, kept = cut_neurons(self.found, scores, sparsity, self.scope)
         goes[numbers] = True
         return goes, kept
+
+    def masks(self, keep: Tensor) -> dict[str, Tensor]:
+        maskable = {w.name for w in self.found.maskable} & self.rows
+        return {
+            w.name: _all([keep[a.clamp(min=0)] | (a < 0) for a in w.axes])
+            for w in self.weights
+            if w.name in maskable and w.axes
+        }
 
     def cut(self, keep: Tensor) -> Tensor:
         return (~keep).nonzero().flatten()

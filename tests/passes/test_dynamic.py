@@ -238,6 +238,37 @@ def test_without_regrowth_what_is_out_gets_no_gradient() -> None:
         assert torch.equal(found != 0, masks[name])
 
 
+@pytest.mark.parametrize(
+    "model",
+    ["lenet", "residual-cnn", "lstm-two-layer", "bigru-two-layer", "manual-gru", "conv-lstm"],
+)
+def test_what_goes_straight_through_goes_no_further(model: str) -> None:
+    """Gradients of whatever is not at a dropped filter are those of the model without it."""
+    program, inputs = traced(model)
+    learning = attached(program, DynamicPruning(0.5, "filter", every=1, ramp=0.0))
+    hard = learning.harden()
+    neurons = analyze(program)
+    masked = insert_masks(hard, analyze(hard)).module()
+    for module in (learning.module, masked):
+        torch.manual_seed(1)
+        outputs = pytree.tree_leaves(module.eval()(*inputs))
+        sum((y**2).sum() for y in outputs).backward()
+    dropped = torch.zeros(neurons.count, dtype=torch.bool)
+    dropped[hard.masks.neurons] = True
+    arrived = 0
+    for name, expected in masked.named_parameters():
+        found = learning.module.get_parameter(name).grad
+        near = torch.zeros(expected.shape, dtype=torch.bool)
+        for axis in neurons.owned.get(name, ()):
+            near |= dropped[axis.clamp(min=0)] & (axis >= 0)
+        if found is None or expected.grad is None:
+            assert found is None and expected.grad is None
+            continue
+        torch.testing.assert_close(found[~near], expected.grad[~near], rtol=1e-9, atol=1e-12)
+        arrived += int((found[near] != 0).sum())
+    assert arrived  # those that are out learn
+
+
 @pytest.mark.parametrize("structure", ["filter", "channel", "neuron"])
 def test_gradients_reach_the_end_that_neurons_are_judged_by(structure: str) -> None:
     learning, x = chain(structure)
