@@ -18,11 +18,11 @@ floor(s_t * n + 1e-9) of n; with a ramp of length r from step t_0,
    ``filter`` and those that leave the neurons of the other two; those at the other end of a dropped
    neuron get none. Nor does anything before a dropped filter: of linear maps and convolutions
    (:mod:`fxprune.masking.shielding`), and of recurrent layers, where the rows that enter a dropped
-   unit are masked, so that it learns from what its biases make of it. ``depth`` drops residual branches by masking what they add; gradients go
-   through that, so all of a dropped branch goes on learning. In the end, the weights and biases
-   that it ends in are masked instead, and the branch is removed whole. Where a batch norm reads an
-   output of which no connection is in, nothing goes through: of a constant it would make gradients
-   hundreds of times too large.
+   unit are masked, so that it learns from what its biases make of it. ``depth`` drops residual
+   branches by masking what they add; gradients go through that, so all of a dropped branch goes on
+   learning. In the end, the weights and biases that it ends in are masked instead, and the branch
+   is removed whole. Where a batch norm reads an output of which no connection is in, nothing goes
+   through: of a constant it would make gradients hundreds of times too large.
 3. Momentum and weight decay act on V, masked or not. V is what ``state_dict`` holds; in the end
    W takes its place.
 4. After the fraction ``end`` of the steps the masks are final, and gradients are those of W: the
