@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxprune.errors import ConfigError
-from fxprune.onnx_session import open_session
+from fxprune.onnx_session import first_line, open_session
 from fxprune.tables import render_table
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class _Subject:
         except Exception as error:
             raise ConfigError(
                 f"{path} does not run on made-up inputs at {self.sizes or 'its sizes'}: "
-                f"{_first_line(error)}. Name sizes that fit together."
+                f"{first_line(error)}. Name sizes that fit together."
             ) from error
 
     def latency(self, seconds: Sequence[float]) -> Latency:
@@ -177,10 +177,6 @@ def _refuse_unknown(sizes: Mapping[str, int] | None, subjects: Sequence[_Subject
         if name not in known:
             there = f"there are {', '.join(known)}" if known else "all sizes are fixed"
             raise ConfigError(f"no dimension is called {name!r}: {there}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _table(latencies: Sequence[Latency]) -> str:

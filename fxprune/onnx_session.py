@@ -7,7 +7,7 @@ from typing import Any
 
 from fxprune.errors import ConfigError
 
-__all__ = ["open_session", "start_session"]
+__all__ = ["first_line", "open_session", "start_session"]
 
 
 def open_session(path: Path, threads: int = 1) -> Any:
@@ -25,8 +25,14 @@ def open_session(path: Path, threads: int = 1) -> Any:
     try:
         return start_session(path, threads)
     except Exception as error:
-        first = str(error).partition("\n")[0]
-        raise ConfigError(f"onnxruntime cannot load {path}: {first}. Name an ONNX file.") from error
+        raise ConfigError(
+            f"onnxruntime cannot load {path}: {first_line(error)}. Name an ONNX file."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What onnxruntime says, without what follows; the kind of error if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def start_session(path: Path, threads: int = 1) -> Any:

@@ -22,14 +22,10 @@ def connect(
     w: Walker, node: fx.Node, operand: Any, sources: Tensor | None, destinations: Tensor
 ) -> None:
     """Notes the use of a weight; ``sources`` and ``destinations`` broadcast to the operand."""
-    roots = w.roots(operand)
-    if not roots:  # computed from other tensors: its rows and columns stay, so nothing to note
+    if not w.roots(operand):  # computed from other tensors: its rows and columns stay
         return
-    rank = destinations.dim()
-    none = NOBODY.reshape((1,) * rank)
-    w.uses.append(
-        Use(str(roots[0].target), operand, node, none if sources is None else sources, destinations)
-    )
+    none = NOBODY.reshape((1,) * destinations.dim())
+    w.uses.append(Use(operand, node, none if sources is None else sources, destinations))
 
 
 def is_weight(w: Walker, node: Any) -> bool:

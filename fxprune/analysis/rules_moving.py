@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.labels import Axis, collapse
-from fxprune.analysis.walker import operation_name
+from fxprune.analysis.walker import dims_of, operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -48,10 +48,9 @@ def rigid(w: Walker, node: fx.Node) -> Any:
 
 def shift(w: Walker, node: fx.Node) -> Any:
     """Rolling and windows: along a neuron dimension all must stay, along others they pass."""
-    x, given = node.args[0], node.args[2 if operation_name(node) == "roll" else 1 :][:1]
-    rank = len(w.shape(x))  # type: ignore[arg-type]
-    dims = given[0] if given and isinstance(given[0], (list, tuple)) else given
-    moved = {int(d) % rank for d in dims} or set(range(rank))  # type: ignore[arg-type]
+    x, position = node.args[0], 2 if operation_name(node) == "roll" else 1
+    given = node.args[position] if len(node.args) > position else None
+    moved = dims_of(given, len(w.shape(x)))  # type: ignore[arg-type]
     for axis in w.label(x):
         if moved & set(axis.dims):
             w.refuse(node, f"{operation_name(node)} needs all neurons", axis.ids)

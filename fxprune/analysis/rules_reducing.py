@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from fxprune.analysis.labels import Axis
-from fxprune.analysis.walker import operation_name
+from fxprune.analysis.walker import dims_of, operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -105,7 +105,8 @@ def reorder(w: Walker, node: fx.Node) -> Any:
 def _reduced(w: Walker, node: fx.Node, kind: str) -> Label:
     x = node.args[0]
     rank = len(w.shape(x))  # type: ignore[arg-type]
-    dims = _dims(node, rank)
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = dims_of(None if isinstance(given, (float, bool)) else given, rank)
     value = node.meta["val"]
     out_rank = (value[0] if isinstance(value, (list, tuple)) else value).dim()
     kept = []
@@ -128,15 +129,6 @@ def _reduced(w: Walker, node: fx.Node, kind: str) -> Label:
             ids = ids.reshape([s for d, s in enumerate(ids.shape) if d not in dims])
         kept.append(axis.at(ids))
     return w.settle(kept)
-
-
-def _dims(node: fx.Node, rank: int) -> set[int]:
-    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if given is None or isinstance(given, (float, bool)):
-        return set(range(rank))
-    if isinstance(given, int):
-        return {given % rank}
-    return {int(d) % rank for d in given} or set(range(rank))
 
 
 def along(w: Walker, node: fx.Node) -> Label:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fxprune.analysis.boundary import Boundary
     from fxprune.program import Program
 
-__all__ = ["CONVOLUTIONS", "Label", "Rule", "Use", "Walker", "operation_name"]
+__all__ = ["CONVOLUTIONS", "Label", "Rule", "Use", "Walker", "dims_of", "operation_name"]
 
 Label = tuple[Axis, ...]
 Rule = "Callable[[Walker, fx.Node], Any]"
@@ -35,7 +35,6 @@ Rule = "Callable[[Walker, fx.Node], Any]"
 class Use:
     """A weight used to connect neurons."""
 
-    weight: str
     operand: fx.Node
     consumer: fx.Node
     sources: Tensor
@@ -260,6 +259,14 @@ class Walker:
         if isinstance(label, list):
             return [self.settle(part) for part in label]
         return self.settle(label)
+
+
+def dims_of(given: Any, rank: int) -> set[int]:
+    """The dimensions that an argument names: one, several, or all if none."""
+    if given is None:
+        return set(range(rank))
+    named = given if isinstance(given, (list, tuple)) else (given,)
+    return {int(d) % rank for d in named} or set(range(rank))
 
 
 def _flat(label: Any) -> list[Axis]:

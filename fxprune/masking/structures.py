@@ -28,15 +28,17 @@ https://doi.org/10.1109/access.2023.3267469; what a score is and how many compet
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.classes import LAYERS
-from fxprune.analysis.walker import operation_name
+from fxprune.analysis.walker import CONVOLUTIONS, operation_name
 from fxprune.masking.branches import Branch, find_branches
 from fxprune.masking.cutting import cut_connections, cut_neurons, scored
 from fxprune.masking.scores import neuron_scores, position_scores
@@ -115,12 +117,12 @@ def make_structure(
         return _Connections(name, sum(w.tensor.numel() for w in found.maskable), found, scope)
     if name in NEURON_STRUCTURES:
         weights = tuple(_seen_from(name, w, found) for w in found.weights)
-        rows = _recurrent_weights(found) if name == "filter" else frozenset()
+        rows = _weights_of(found, LAYERS) if name == "filter" else frozenset()
         return _Neurons(name, found.neurons.count, found, weights, scope, rows)
     if name == "depth":
         branches, refusals = find_branches(program, found.neurons, protection)
         return _Branches(name, len(branches), branches, refusals)
-    kernels = _kernel_weights(found)
+    kernels = _weights_of(found, CONVOLUTIONS)
     dims = tuple(position_dims(w, name, w.name in kernels) for w in found.maskable)
     able = [position_scores(w, d, 1)[1] for w, d in zip(found.maskable, dims, strict=True)]
     kept: list[Refusal] = []
@@ -167,20 +169,12 @@ def _rows_of_fixed_neurons(weight: Weight, dims: tuple[int, ...], found: Prunabl
     return fixed.flatten()
 
 
-def _kernel_weights(found: Prunable) -> frozenset[str]:
+def _weights_of(found: Prunable, operations: Collection[str]) -> frozenset[str]:
+    """The weights that such operations read."""
     return frozenset(
         name
         for b in found.neurons.blocks
-        if operation_name(b.consumer).startswith("conv")
-        for name in b.weights
-    )
-
-
-def _recurrent_weights(found: Prunable) -> frozenset[str]:
-    return frozenset(
-        name
-        for b in found.neurons.blocks
-        if operation_name(b.consumer) in LAYERS
+        if operation_name(b.consumer) in operations
         for name in b.weights
     )
 
@@ -205,13 +199,6 @@ def _varying(axis: Tensor) -> tuple[int, ...]:
 
 def _updated(weights: Sequence[Weight], values: Values) -> list[Weight]:
     return [replace(w, tensor=values[w.name]) for w in weights]
-
-
-def _all(parts: Sequence[Tensor]) -> Tensor:
-    both = parts[0]
-    for part in parts[1:]:
-        both = both & part
-    return both
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
@@ -314,7 +301,7 @@ class _Neurons(Structure):
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         maskable = {w.name for w in self.found.maskable} & self.rows
         return {
-            w.name: _all([keep[a.clamp(min=0)] | (a < 0) for a in w.axes])
+            w.name: reduce(and_, (keep[a.clamp(min=0)] | (a < 0) for a in w.axes))
             for w in self.weights
             if w.name in maskable and w.axes
         }

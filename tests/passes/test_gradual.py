@@ -21,9 +21,17 @@ from fxprune.pipeline import Outcome, run_passes
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task
-from tests.passes.tagging import BATCHES, EXAMPLE, KilledLoss, Tagger, make_task, momentum, mse
+from tests.passes.tagging import (
+    BATCHES,
+    EXAMPLE,
+    WEIGHTS,
+    KilledLoss,
+    Tagger,
+    make_task,
+    momentum,
+    mse,
+)
 
-FREE = {"stem.weight": 24, "rnn.weight_ih_l0": 90, "rnn.weight_hh_l0": 75, "head.weight": 10}
 CLASSES = {
     "stem.weight": "feedforward",
     "rnn.weight_ih_l0": "input",
@@ -47,7 +55,7 @@ def recording(steps: list[dict[str, Tensor]]) -> Callable[[nn.Module, Tensor], T
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         state = dict(model.named_parameters())
-        steps.append({n: state[n].detach().clone() for n in FREE})
+        steps.append({n: state[n].detach().clone() for n in WEIGHTS})
         return mse(model, batch)
 
     return loss
@@ -62,26 +70,26 @@ def test_masks_follow_the_cubic(program: Program) -> None:
         # Rebuilt at 8, 12, 16, 20 and 24, and fixed in between.
         last = min(24, step // 4 * 4)
         sparsity = 0.8 + (0.1 - 0.8) * (1 - (last - 8) / 16) ** 3 if step >= 8 else 0.0
-        for name, size in FREE.items():
+        for name, size in WEIGHTS.items():
             zeros = int((weights[name] == 0).sum())
             assert zeros == math.floor(sparsity * size + 1e-9), (step, name)
     for name, keep in outcome.program.masks.connections.items():
         final = outcome.program.tensors[name]
         assert torch.equal(final != 0, keep), name
-    assert set(outcome.program.masks.connections) == set(FREE)
+    assert set(outcome.program.masks.connections) == set(WEIGHTS)
 
 
 def test_the_end_counts_where_it_falls_between_rebuildings(program: Program) -> None:
     gradual = GradualMagnitude(0.5, end=0.5, every=1000)
     masks = prune(program, gradual, task=make_task(epochs=1)).program.masks.connections
-    assert {n: int((~m).sum()) for n, m in masks.items()} == {n: s // 2 for n, s in FREE.items()}
+    assert {n: int((~m).sum()) for n, m in masks.items()} == {n: s // 2 for n, s in WEIGHTS.items()}
 
 
 def test_what_is_masked_never_returns(program: Program) -> None:
     met: list[dict[str, Tensor]] = []
     prune(program, GradualMagnitude(0.9, every=1), task=make_task(loss=recording(met)))
     for earlier, later in pairwise(met):
-        for name in FREE:
+        for name in WEIGHTS:
             assert bool((later[name][earlier[name] == 0] == 0).all())
 
 
@@ -121,7 +129,7 @@ def test_smallest_go_at_each_rebuilding(program: Program) -> None:
     met: list[dict[str, Tensor]] = []
     task = make_task(loss=recording(met), steps=2, epochs=None)
     masks = prune(program, GradualMagnitude(0.5, end=0.5, every=1), task=task).program.masks
-    for name, size in FREE.items():
+    for name, size in WEIGHTS.items():
         # The first step is dense; the mask is made of what it left.
         gone = ~masks.connections[name]
         assert torch.equal(gone, met[1][name] == 0)
@@ -153,7 +161,7 @@ def test_classes_end_at_their_own_sparsity(program: Program) -> None:
     gradual = GradualMagnitude(0.9, recurrent=0.2, input=0.5)
     masks = prune(program, gradual, task=make_task()).program.masks.connections
     final = {"feedforward": 0.9, "input": 0.5, "recurrent": 0.2}
-    for name, size in FREE.items():
+    for name, size in WEIGHTS.items():
         assert int((~masks[name]).sum()) == math.floor(final[CLASSES[name]] * size + 1e-9)
 
 
@@ -179,13 +187,13 @@ def test_where_more_is_better_the_ramp_does_not_count_either(program: Program) -
     task = make_task(validate=lambda _: next(scores), goal="max")
     masks = prune(program, GradualMagnitude(0.8, end=0.5, every=1), task=task).program.masks
     gone = {n: int((~m).sum()) for n, m in masks.connections.items()}
-    assert gone == {n: math.floor(0.8 * size + 1e-9) for n, size in FREE.items()}
+    assert gone == {n: math.floor(0.8 * size + 1e-9) for n, size in WEIGHTS.items()}
 
 
 def test_earlier_masks_stay_and_are_not_counted(program: Program) -> None:
     half = prune(program, Magnitude(0.5, "connection"), task=make_task()).program
     after = prune(half, GradualMagnitude(0.5), task=make_task()).program.masks.connections
-    for name, size in FREE.items():
+    for name, size in WEIGHTS.items():
         assert bool((half.masks.connections[name] >= after[name]).all())
         left = size - size // 2
         assert int(after[name].sum()) == left - left // 2
@@ -264,7 +272,7 @@ def test_length_of_the_training_must_be_known(program: Program) -> None:
         prune(program, GradualMagnitude(0.5), task=make_task(train=Stream()))
     task = make_task(train=Stream(), epochs=None, steps=10)
     masks = prune(program, GradualMagnitude(0.5), task=task).program.masks.connections
-    assert {n: int((~m).sum()) for n, m in masks.items()} == {n: s // 2 for n, s in FREE.items()}
+    assert {n: int((~m).sum()) for n, m in masks.items()} == {n: s // 2 for n, s in WEIGHTS.items()}
 
 
 def test_no_training_is_refused(program: Program) -> None:
