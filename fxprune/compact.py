@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,9 @@ from torch.utils import _pytree as pytree
 
 from fxprune.analysis import Neurons
 from fxprune.archives import save_archive
-from fxprune.errors import FxpruneError
 from fxprune.masking.counting import Count, count
 from fxprune.masking.insertion import insert_masks
-from fxprune.naming import dimension_names, symbol_names
+from fxprune.naming import dimension_names
 from fxprune.pipeline import Outcome
 from fxprune.policy import Policy
 from fxprune.program import InputSpec, Kind, Program, Refusal
@@ -24,10 +24,10 @@ from fxprune.shrinking.compact import compact_program
 from fxprune.shrinking.fold import fold_constants
 from fxprune.shrinking.liveness import alive_neurons, kept_neurons
 from fxprune.tracing.exporting import export_program
-from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
 from fxprune.tracing.states import plain_states
 from fxprune.tracing.tracer import own_call
-from fxprune.verify import verify_programs
+from fxprune.trials import trials
+from fxprune.verify import run_call, verify_programs
 from fxprune.weights import with_weights_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fxprune.lowering import OnnxCase, OnnxReport
-    from fxprune.program import Call
     from fxprune.shrinking.shrink import Shrunk
 
 __all__ = ["Compact", "finish"]
@@ -230,29 +229,14 @@ def _worth_telling(refusal: Refusal) -> bool:
 
 
 def _onnx_cases(program: Program, module: nn.Module) -> list[OnnxCase]:
-    """The example and three other sizes that the program takes, batch 1 and one step among them."""
-    names = symbol_names(program)
-    example = example_sizes(program)
+    """The example and other sizes that the program takes, batch 1 and one step among them."""
     from fxprune.lowering import OnnxCase
 
     cases: list[OnnxCase] = []
     usual: list[int] | None = None
-    for sizes in [example, *candidate_sizes(example)]:
-        call = at_sizes(program, sizes)
-        ranks = _output_ranks(module, call) if len(cases) < 5 else None
-        if ranks is None:
-            continue
+    for trial in trials(program, partial(run_call, module)):
+        ranks = [t.dim() for t in pytree.tree_leaves(trial.expected) if isinstance(t, Tensor)]
         usual = usual or ranks
         squeezed = "" if ranks == usual else " (sizes of 1 squeezed away)"
-        cases.append(OnnxCase((size_label(sizes, names) or "example") + squeezed, *call))
+        cases.append(OnnxCase(trial.label + squeezed, *trial.call))
     return cases
-
-
-def _output_ranks(module: nn.Module, call: Call) -> list[int] | None:
-    """How many dimensions each output has; None at sizes that the module does not take."""
-    try:
-        with torch.no_grad():
-            outputs = module(*call[0], **call[1])
-    except (FxpruneError, RuntimeError, ValueError, IndexError):
-        return None
-    return [t.dim() for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,15 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from fxprune.errors import FxpruneError, PreconditionError, VerificationError
-from fxprune.naming import symbol_names
+from fxprune.errors import PreconditionError, VerificationError
 from fxprune.program import Kind
-from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
+from fxprune.trials import Trial, trials
 from fxprune.verify import compare_outputs, run_call, tolerance_of
 from fxprune.weights import like
 
 if TYPE_CHECKING:
-    from fxprune.program import Call, Program
+    from fxprune.program import Program
 
 __all__ = ["rebuild"]
 
@@ -174,37 +174,29 @@ def _resize_convolution(layer: _ConvNd, path: str) -> None:
 
 def _verify(program: Program, rebuilt: nn.Module) -> None:
     reference = program.module()
-    names, example = symbol_names(program), example_sizes(program)
-    _compare(reference, rebuilt, program.example, "example")
-    for sizes in candidate_sizes(example)[:4]:
-        call = at_sizes(program, sizes)
-        try:
-            run_call(reference, call)
-        except (FxpruneError, RuntimeError, ValueError, IndexError):
-            continue  # a size that the program does not take
-        _compare(reference, rebuilt, call, size_label(sizes, names))
+    for trial in trials(program, partial(run_call, reference)):
+        _compare(trial, rebuilt)
 
 
-def _compare(reference: nn.Module, rebuilt: nn.Module, call: Call, label: str) -> None:
-    expected = run_call(reference, call)
+def _compare(trial: Trial, rebuilt: nn.Module) -> None:
     try:
-        difference = compare_outputs(expected, run_call(rebuilt, call))
+        difference = compare_outputs(trial.expected, run_call(rebuilt, trial.call))
     except Exception as error:
         raise VerificationError(
-            f"the module's own code does not run with the sizes that were left ({label}): "
+            f"the module's own code does not run with the sizes that were left ({trial.label}): "
             f"{error}. Use the compact program itself (compact.module).",
             pass_name=_NAME,
-            where=label,
+            where=trial.label,
             max_abs=float("inf"),
             max_rel=float("inf"),
         ) from error
-    if not difference.within(tolerance_of(expected, "equal")):
+    if not difference.within(tolerance_of(trial.expected, "equal")):
         raise VerificationError(
             f"the rebuilt module differs from the compact program by {difference.max_abs:.3g} at "
-            f"{difference.where}, {label}: its code depends on sizes that went. Use the compact "
-            "program itself (compact.module).",
+            f"{difference.where}, {trial.label}: its code depends on sizes that went. Use the "
+            "compact program itself (compact.module).",
             pass_name=_NAME,
-            where=f"{difference.where} at {label}",
+            where=f"{difference.where} at {trial.label}",
             max_abs=difference.max_abs,
             max_rel=difference.max_rel,
         )

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.errors import ConfigError, FxpruneError, VerificationError
-from fxprune.naming import symbol_names
+from fxprune.errors import ConfigError, VerificationError
 from fxprune.randomness import preserved_random_state
 from fxprune.report import Verification
 from fxprune.tracing.modes import without_dropout
-from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
+from fxprune.tracing.sizes import at_sizes, example_sizes
+from fxprune.trials import REJECTIONS, Trial, trials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fxprune.program import Call, Program
     from fxprune.shrinking.shrink import Shrunk
@@ -134,32 +134,25 @@ def verify_programs(
     compact: fx.GraphModule,
     calls: Sequence[Call] | None = None,
 ) -> Verification:
-    """Law 2: the compact program computes what the masked one does, at several sizes.
+    """Law 2: the compact program computes what the masked one does, at several sizes and values.
 
     Args:
         program: the program before shrinking, whose dimensions are varied.
         masked: it under masks.
         small: the compact program, and which positions of states it kept.
         compact: its module.
-        calls: what to compare at; by default the example and other sizes made from it.
+        calls: what to compare at; by default the example, and other sizes and values made from it.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
     result = _Comparison(program, without_dropout(masked), small, without_dropout(compact))
-    if calls is not None:
-        for index, call in enumerate(calls):
-            result.add(f"verify_inputs[{index}]", call, required=True)
-    else:
-        names, example = symbol_names(program), example_sizes(program)
-        result.add("example", program.example, required=True)
-        for sizes in candidate_sizes(example):
-            if len(result.tried) < _ENOUGH:
-                result.add(size_label(sizes, names), at_sizes(program, sizes))
+    chosen = trials(program, result.reference) if calls is None else result.given(calls)
+    for trial in chosen:
+        result.compare(trial)
     return Verification(tuple(result.tried), result.max_abs, result.tolerance, result.chaotic)
 
 
-_ENOUGH = 5
 _CHAOS = 1e-3
 
 
@@ -174,33 +167,40 @@ class _Comparison:
     tolerance: float = 0.0
     chaotic: bool = False
 
-    def add(self, label: str, call: Call, *, required: bool = False) -> None:
-        """Compares one call; sizes that the masked program rejects are skipped."""
-        try:
-            expected = run_call(self.masked, call)
-        except (FxpruneError, RuntimeError, ValueError, IndexError, TypeError) as error:
-            if required:
+    def reference(self, call: Call) -> Any:
+        """What the masked program makes of a call."""
+        return run_call(self.masked, call)
+
+    def given(self, calls: Sequence[Call]) -> Iterator[Trial]:
+        """The user's own calls, which the program has to take."""
+        for index, call in enumerate(calls):
+            label = f"verify_inputs[{index}]"
+            try:
+                yield Trial(label, call, self.reference(call))
+            except REJECTIONS as error:
                 raise ConfigError(f"the model does not run on {label}: {error}") from error
-            return
-        difference = self._difference(call, expected)
-        allowed = tolerance_of(expected, "equal")
+
+    def compare(self, trial: Trial) -> None:
+        """Compares one call."""
+        difference = self._difference(trial.call, trial.expected)
+        allowed = tolerance_of(trial.expected, "equal")
         if not difference.within(allowed):
-            rounding = 10 * rounding_effect(self.masked, call, expected)
+            rounding = 10 * rounding_effect(self.masked, trial.call, trial.expected)
             allowed = max(allowed, min(rounding, _CHAOS))
             if rounding > _CHAOS:
                 self.chaotic = True
-                difference = self._few_steps(call)
+                difference = self._few_steps(trial.call)
         if not difference.within(allowed):
             raise VerificationError(
                 f"compact and masked program differ by {difference.max_abs:.3g} at "
-                f"{difference.where}, {label}. This is a defect of fxprune; please report the "
-                "model. Nothing was written.",
+                f"{difference.where}, {trial.label}. This is a defect of fxprune; please report "
+                "the model. Nothing was written.",
                 pass_name="shrink",
-                where=f"{difference.where} at {label}",
+                where=f"{difference.where} at {trial.label}",
                 max_abs=difference.max_abs,
                 max_rel=difference.max_rel,
             )
-        self.tried.append(label)
+        self.tried.append(trial.label)
         self.max_abs = max(self.max_abs, difference.max_abs)
         self.tolerance = max(self.tolerance, allowed)
 
@@ -208,8 +208,7 @@ class _Comparison:
         """Rounding alone changes the outputs of a chaotic recurrence: at most 8 steps compare."""
         sizes = {s: min(n, 8) for s, n in example_sizes(self.program).items()}
         call = at_sizes(self.program, sizes)
-        expected = run_call(self.masked, call)
-        return self._difference(call, expected)
+        return self._difference(call, self.reference(call))
 
     def _difference(self, call: Call, expected: Any) -> Difference:
         """States that shrank are compared where they still are."""

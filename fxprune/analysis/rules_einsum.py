@@ -1,12 +1,17 @@
-"""Rules for einsum: two operands without repeated letters, as a permuted matrix product."""
+"""Rules for einsum without repeated letters, as a permuted product, and for bilinear maps.
+
+At most one operand is a weight where there are more than two.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, fx
+from torch import fx
 
-from fxprune.analysis.contracting import NOBODY, connect, is_weight, join_parts
+from fxprune.analysis.contracting import NOBODY, connect, is_weight, join_parts, meet, weight_axis
 from fxprune.analysis.labels import Axis, collapse, combine
 
 if TYPE_CHECKING:
@@ -15,38 +20,116 @@ if TYPE_CHECKING:
 __all__ = ["RULES"]
 
 
+@dataclass(frozen=True)
+class _Product:
+    """An einsum: the letters of each operand's dimensions and those of the result.
+
+    Attributes:
+        node: the operation.
+        operands: values and at most one that counts as the weight.
+        terms: a letter for each dimension of each operand.
+        result: letters of the result.
+        weight: position of the weight among the operands; None if all are values.
+    """
+
+    node: fx.Node
+    operands: tuple[Any, ...]
+    terms: tuple[str, ...]
+    result: str
+    weight: int | None
+
+    def holders(self, letter: str) -> list[int]:
+        """Operands with a letter."""
+        return [i for i, term in enumerate(self.terms) if letter in term]
+
+
 def einsum(w: Walker, node: fx.Node) -> Label:
-    """Two operands without repeated letters, as a permuted matrix product; else frozen."""
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
-    if "." in equation or "->" not in equation or len(operands) != 2:
+    """Operands without repeated letters, as a permuted product; else frozen."""
+    equation, operands = str(node.args[0]).replace(" ", ""), tuple(node.args[1])  # type: ignore[arg-type]
+    if "." in equation or "->" not in equation:
         w.freeze_inputs(node, f"einsum {equation!r} has no rule")
         return ()
-    terms, result = equation.split("->")
-    a, b = terms.split(",")
-    if any(len(set(t)) != len(t) for t in (a, b, result)):
+    left, result = equation.split("->")
+    terms = tuple(left.split(","))
+    if any(len(set(t)) != len(t) for t in (*terms, result)):
         w.freeze_inputs(node, f"einsum {equation!r} repeats a letter")
         return ()
-    return _einsum_labels(w, node, operands, (a, b), result)
+    weights = [i for i, operand in enumerate(operands) if is_weight(w, operand)]
+    if len(operands) != 2 and (len(operands) == 1 or len(weights) > 1):
+        w.freeze_inputs(node, f"einsum {equation!r} has no rule")
+        return ()
+    product = _Product(node, operands, terms, result, weights[-1] if weights else None)
+    for letter in dict.fromkeys("".join(terms)):
+        holders = product.holders(letter)
+        if len(holders) == 1 and letter not in result:
+            _sum(w, product, letter, holders[0])
+        for pair in pairwise(holders):
+            _meet(w, product, letter, pair)
+    if product.weight is not None:
+        _use(w, product, product.weight)
+    return _result(w, product)
 
 
-def _einsum_labels(
-    w: Walker, node: fx.Node, operands: list[Any], terms: tuple[str, str], result: str
-) -> Label:
-    a, b = terms
-    weight = next((i for i in (1, 0) if is_weight(w, operands[i])), None)
-    for letter in a + b:
-        if letter in a and letter in b:
-            _einsum_meet(w, node, operands, terms, letter, result, weight)
-        elif letter not in result:
-            for axis in w.axes_at(
-                operands[0 if letter in a else 1], terms[letter in b].index(letter)
-            ):
-                w.ledger.freeze(axis.ids, "summed over by einsum")
-                w.read(node, operands[0 if letter in a else 1], axis.ids, "other")
-    if weight is not None:
-        _einsum_use(w, node, operands[weight], terms[weight], terms[1 - weight], result)
-    axes: list[Axis] = []
-    for operand, term in zip(operands, terms, strict=True):
+def _sum(w: Walker, product: _Product, letter: str, position: int) -> None:
+    """A letter of one operand alone that the result lacks."""
+    operand = product.operands[position]
+    for axis in w.axes_at(operand, product.terms[position].index(letter)):
+        w.ledger.freeze(axis.ids, "summed over by einsum")
+        w.read(product.node, operand, axis.ids, "other")
+
+
+def _meet(w: Walker, product: _Product, letter: str, pair: tuple[int, int]) -> None:
+    """The neurons of two operands along a letter they share are the same."""
+    operands = [product.operands[i] for i in pair]
+    dims = [product.terms[i].index(letter) for i in pair]
+    ours, theirs = (w.axes_at(x, dim) for x, dim in zip(operands, dims, strict=True))
+    if len(ours) != 1 or len(theirs) != 1:
+        for axis in (*ours, *theirs):
+            w.ledger.freeze(axis.ids, "meets a dimension without neurons in einsum")
+            w.read(product.node, operands[0 if axis in ours else 1], axis.ids, "other")
+        return
+    left, right = ours[0].ids.movedim(dims[0], -1), theirs[0].ids.movedim(dims[1], -1)
+    if letter not in product.result and product.weight not in pair:
+        join_parts(w, left)
+        join_parts(w, right)
+        if left.numel() == left.shape[-1]:
+            w.read(product.node, operands[0], ours[0].ids, "reduction")
+    a, b = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    if a.shape[0] > 1 and b.shape[0] > 1 and a.shape[0] != b.shape[0]:
+        a = a[:1]
+    w.ledger.unify(a, b)
+
+
+def _use(w: Walker, product: _Product, position: int) -> None:
+    """The weight's connections lead from the first dimension summed over to the one kept.
+
+    What meets a further dimension that is summed over (the second factor of a bilinear map) is
+    read by all of them.
+    """
+    operand, term = product.operands[position], product.terms[position]
+    summed = [x for x in term if x not in product.result and len(product.holders(x)) > 1]
+    sources = [a for x in summed for a in w.label(operand) if term.index(x) in a.dims]
+    for letter in summed[1:]:
+        for other in product.holders(letter):
+            dim = product.terms[other].index(letter)
+            for axis in w.axes_at(product.operands[other], dim) if other != position else ():
+                w.read(product.node, product.operands[other], axis.ids, "reduction")
+    kept = [d for d, x in enumerate(term) if x in product.result]
+    rows = [a for a in w.label(operand) if set(kept) & set(a.dims)]
+    destinations = rows[0].ids if len(rows) == 1 else NOBODY.reshape((1,) * len(term))
+    if len(rows) > 1:
+        for axis in rows:
+            w.ledger.freeze(axis.ids, "weight of an einsum whose rows cannot be told apart")
+    elif not rows:
+        destinations = w.ledger.fresh(*[1] * len(term))
+        w.ledger.freeze(destinations, "the only one of its dimension")
+    connect(w, product.node, operand, sources[0].ids if sources else None, destinations)
+
+
+def _result(w: Walker, product: _Product) -> Label:
+    """The neurons of the operands along the letters that the result has."""
+    result, axes = product.result, list[Axis]()
+    for operand, term in zip(product.operands, product.terms, strict=True):
         for axis in w.label(operand):
             ids = axis.ids
             kept = [d for d, letter in enumerate(term) if letter in result]
@@ -62,47 +145,26 @@ def _einsum_labels(
     return tuple(combine(w.ledger, (), axes))
 
 
-def _einsum_meet(
-    w: Walker,
-    node: fx.Node,
-    operands: list[Any],
-    terms: tuple[str, str],
-    letter: str,
-    result: str,
-    weight: int | None,
-) -> None:
-    i, j = (t.index(letter) for t in terms)
-    ours, theirs = w.axes_at(operands[0], i), w.axes_at(operands[1], j)
-    if len(ours) != 1 or len(theirs) != 1:
-        for axis in (*ours, *theirs):
-            w.ledger.freeze(axis.ids, "meets a dimension without neurons in einsum")
-            w.read(node, operands[0 if axis in ours else 1], axis.ids, "other")
-        return
-    left, right = ours[0].ids.movedim(i, -1), theirs[0].ids.movedim(j, -1)
-    if letter not in result and weight is None:
-        join_parts(w, left)
-        join_parts(w, right)
-        if left.numel() == left.shape[-1]:
-            w.read(node, operands[0], ours[0].ids, "reduction")
-    a, b = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-    if a.shape[0] > 1 and b.shape[0] > 1 and a.shape[0] != b.shape[0]:
-        a = a[:1]
-    w.ledger.unify(a, b)
+def bilinear(w: Walker, node: fx.Node) -> Label:
+    """``a [..., first]``, ``b [..., second]``, ``weight [out, first, second]`` and a bias [out]."""
+    a, b, weight, bias = cast("tuple[fx.Node, ...]", (*node.args, None)[:4])
+    rows, first, second = (weight_axis(w, weight, d) for d in range(3))
+    last = len(w.shape(a)) - 1
+    meet(w, a, last, first)
+    meet(w, b, last, second)
+    w.read(node, b, second, "reduction")
+    connect(w, node, weight, first.reshape(1, -1, 1), rows.reshape(-1, 1, 1))
+    if isinstance(bias, fx.Node):
+        for axis in w.axes_at(bias, 0):
+            w.ledger.unify(axis.ids.reshape(-1), rows)
+    carried = [
+        axis.at(axis.ids.narrow(last, 0, 1))
+        for x in (a, b)
+        for axis in w.label(x)
+        if last not in axis.dims and axis.ids.numel() > 1
+    ]
+    result = Axis(rows.reshape((1,) * last + (-1,)))
+    return tuple(combine(w.ledger, (), [*carried, result]))
 
 
-def _einsum_use(w: Walker, node: fx.Node, operand: Any, term: str, other: str, result: str) -> None:
-    def along(letters: list[str]) -> Tensor | None:
-        axes = [a for a in w.label(operand) if any(term.index(x) in a.dims for x in letters)]
-        return axes[0].ids if len(axes) == 1 else None
-
-    inner = [x for x in term if x in other and x not in result]
-    outer = [x for x in term if x in result]
-    destinations = along(outer)
-    if destinations is None:
-        for axis in w.label(operand):
-            w.ledger.freeze(axis.ids, "weight of an einsum whose rows cannot be told apart")
-        destinations = NOBODY.reshape((1,) * len(term))
-    connect(w, node, operand, along(inner), destinations)
-
-
-RULES: dict[str, Any] = {"einsum": einsum}
+RULES: dict[str, Any] = {"einsum": einsum, "bilinear": bilinear}

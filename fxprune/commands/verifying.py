@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.errors import ConfigError, VerificationError
-from fxprune.naming import symbol_names
 from fxprune.onnx_session import open_session
 from fxprune.tables import render_table
-from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size_label
-from fxprune.verify import Difference, compare_outputs, rounding_effect, tolerance_of
+from fxprune.trials import Trial, trials
+from fxprune.verify import Difference, compare_outputs, rounding_effect, run_call, tolerance_of
 
 if TYPE_CHECKING:
-    from fxprune.program import Call, Program
+    from fxprune.program import Program
 
 __all__ = ["run", "verify"]
 
+_CALLS = 10
 _MOST_ROUNDING = 1e-3  # beyond it a comparison would say nothing
 
 
 def run(archive: Path, onnx: Path, *, say: Callable[[str], None]) -> None:
-    """Compares the two files and shows how far they are apart at each size.
+    """Compares the two files and shows how far they are apart on each call.
 
     Args:
         archive: the ``.pt2`` file.
@@ -41,19 +42,19 @@ def run(archive: Path, onnx: Path, *, say: Callable[[str], None]) -> None:
     """
     found = verify(fxprune.load(archive), onnx)
     rows = [(label, f"{d.max_abs:.2g}", d.where) for label, d in found.items()]
-    say(render_table(("sizes", "largest error", "where"), rows))
+    say(render_table(("inputs", "largest error", "where"), rows))
     say(f"\n{onnx.name} computes what {archive.name} does.")
 
 
 def verify(program: Program, onnx: Path) -> dict[str, Difference]:
-    """Compares a program with an ONNX file, at the example's sizes and at others.
+    """Compares a program with an ONNX file on the example, and at other sizes and values.
 
     Args:
         program: the reference.
         onnx: the file.
 
     Returns:
-        The difference at each size, by label. Sizes that the program itself rejects are left out.
+        The difference of each call, by label. Sizes that the program itself rejects are left out.
 
     Raises:
         ConfigError: the file cannot be run, or its inputs or outputs do not match the program's.
@@ -61,33 +62,16 @@ def verify(program: Program, onnx: Path) -> dict[str, Difference]:
     """
     session = open_session(onnx)
     names = _input_names(program, session)
-    example = example_sizes(program)
-    labels = symbol_names(program)
     module = program.module()
-    found: dict[str, Difference] = {}
-    for sizes in (example, *candidate_sizes(example)):
-        call = at_sizes(program, sizes)
-        label = size_label(sizes, labels) or "the example's sizes"
-        try:
-            with torch.no_grad():
-                expected = module(*call[0], **call[1])
-        except Exception:
-            if sizes is example:
-                raise
-            continue
-        found[label] = _compare(module, call, expected, session, names, label)
-    return found
+    return {
+        trial.label: _compare(module, trial, session, names)
+        for trial in trials(program, partial(run_call, module), _CALLS)
+    }
 
 
-def _compare(
-    module: Callable[..., Any],
-    call: Call,
-    expected: Any,
-    session: Any,
-    names: Mapping[int, str],
-    label: str,
-) -> Difference:
-    leaves = pytree.tree_leaves(call)
+def _compare(module: nn.Module, trial: Trial, session: Any, names: Mapping[int, str]) -> Difference:
+    label, expected = trial.label, trial.expected
+    leaves = pytree.tree_leaves(trial.call)
     feed = {name: _array(leaves[i], session, name) for i, name in names.items()}
     try:
         results = [torch.from_numpy(r) for r in session.run(None, feed)]
@@ -108,7 +92,7 @@ def _compare(
     difference = compare_outputs(wanted, pairs)
     tolerance = tolerance_of(wanted, "onnx")
     if not difference.within(tolerance):
-        effect = rounding_effect(module, call, expected)
+        effect = rounding_effect(module, trial.call, expected)
         tolerance = max(tolerance, min(10 * effect, _MOST_ROUNDING))
     if not difference.within(tolerance):
         share = f"{difference.max_rel:.2g} of the scale, allowed {tolerance:.2g}"

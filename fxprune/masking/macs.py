@@ -7,7 +7,8 @@ no recorded shape is trusted. Recurrent operations hide theirs in one kernel and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,9 +102,23 @@ def _count_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(sdpa_flop_count(query, key, value))
 
 
+def _count_trilinear(*args: Any, **_: Any) -> int:
+    """Three tensors multiplied; for each, the dimensions of the product that it lacks."""
+    wide = [_with_ones(shape, new) for shape, new in zip(args[:3], args[3:6], strict=True)]
+    return int(2 * math.prod(max(sizes) for sizes in zip(*wide, strict=True)))
+
+
+def _with_ones(shape: Sequence[int], new: Sequence[int]) -> list[int]:
+    sizes = list(shape)
+    for dim in sorted(new):
+        sizes.insert(dim, 1)
+    return sizes
+
+
 _FURTHER: dict[Any, Callable[..., int]] = {
     aten.mv: _count_vector_product,
     aten.dot: _count_vector_product,
     aten.addmv: _count_added_vector_product,
+    aten._trilinear: _count_trilinear,
     aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from fxprune.tracing.isolation import constant_parameters, isolated
 from fxprune.tracing.layers import guarded_layers
 from fxprune.tracing.modes import Step, compare_modes, steps_of, switchable
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, squeezed_symbols
+from fxprune.trials import first_taken, other_values
 from fxprune.verify import compare_outputs, tolerance_of
 
 if TYPE_CHECKING:
@@ -236,10 +238,15 @@ def _export_freely(model: nn.Module, call: Call, fixed: dict[Place, str]) -> Exp
 
 
 def _compare_calls(program: Program, model: nn.Module, call: Call) -> None:
-    """Law 1: the program computes what the model does, on two calls in a row."""
+    """Law 1: the program computes what the model does, on two calls in a row.
+
+    The second has other values, where the model takes them.
+    """
     runnable = program.module()
-    for index in range(2):
-        expected = _run(model, call)
+    for index, attempts in enumerate(([call], [other_values(call), call])):
+        taken = first_taken(attempts, partial(_run, model))
+        assert taken is not None  # the model ran on this call before
+        call, expected = taken
         with torch.no_grad(), preserved_random_state(0):
             result = runnable(*_cloned(call)[0], **_cloned(call)[1])
         difference = compare_outputs(expected, result)
@@ -296,11 +303,11 @@ def _agrees(
     program: Program, runnable: fx.GraphModule, model: nn.Module, sizes: Mapping[str, int]
 ) -> str | None:
     """None if program and model agree or the model itself rejects the sizes; else why not."""
-    call = at_sizes(program, sizes)
-    try:
-        expected = _run(model, call)
-    except FxpruneError:
+    plain = at_sizes(program, sizes)
+    taken = first_taken([other_values(plain), plain], partial(_run, model))
+    if taken is None:
         return None
+    call, expected = taken
     try:
         with torch.no_grad(), preserved_random_state(0):
             result = runnable(*_cloned(call)[0], **_cloned(call)[1])

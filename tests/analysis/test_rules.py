@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fxprune
+from fxprune.analysis import analyze
+from fxprune.shrinking.liveness import alive_neurons
 from tests.analysis.sandwich import (
     Operation,
     Sandwich,
@@ -14,6 +17,7 @@ from tests.analysis.sandwich import (
     free_neurons,
     neurons_of,
 )
+from tests.small import frames
 
 Case = tuple[Operation | nn.Module, int, int]  # operation, features it returns, neurons free of 8
 
@@ -43,6 +47,40 @@ class Weighted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps 8 to 5."""
         return torch.einsum("btc,cd->btd", x, self.weight)
+
+
+class Biaffine(nn.Module):
+    """Every step against every step, by three operands: a score each, or one for each label.
+
+    Args:
+        equation: of an einsum of both views of the steps around a weight.
+        sizes: of the weight.
+    """
+
+    def __init__(self, equation: str, *sizes: int) -> None:
+        super().__init__()
+        self.equation = equation
+        self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 7)
+        self.weight = nn.Parameter(torch.randn(*sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [batch, 4, 8] to [batch, 4, 4] or [batch, 4, 4, labels]."""
+        left, right = self.left(x).tanh(), self.right(x).tanh()
+        return torch.einsum(self.equation, left, self.weight, right)
+
+
+class Bilinear(nn.Module):
+    """Two views of a step, multiplied by ``nn.Bilinear``."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 7)
+        self.product = nn.Bilinear(6, 7, 5, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [batch, 4, 8] to [batch, 4, 5]."""
+        y: Tensor = self.product(self.left(x).tanh(), self.right(x).tanh())
+        return y
 
 
 class Scores(nn.Module):
@@ -188,6 +226,10 @@ CONTRACTION: dict[str, Case] = {
     "multi-head": (Attention(), 8, 8),
     "einsum": (lambda x: torch.einsum("btc,bsc->bts", x, x), 4, 8),
     "einsum-weight": (Weighted(), 5, 8),
+    "biaffine": (Biaffine("bxi,ij,byj->bxy", 6, 7), 4, 8),
+    "biaffine-labels": (Biaffine("bxi,ioj,byj->bxyo", 6, 5, 7), 5, 8),
+    "bilinear": (Bilinear(bias=True), 5, 8),
+    "bilinear-without-bias": (Bilinear(bias=False), 5, 8),
     "excited": (Excited(), 8, 8),
     "conv": (images(nn.Conv2d(8, 8, 1), nn.ReLU()), 8, 8),
     "depthwise": (images(nn.Conv2d(8, 8, 1, groups=8)), 8, 8),
@@ -222,6 +264,36 @@ def test_they_go_exactly(name: str) -> None:
     compact = check_exact(Sandwich(operation, width))
     assert compact.report.parameters_after < compact.report.parameters_before
     assert compact.module.get_parameter("stem.weight").shape[0] < 8
+
+
+@pytest.mark.parametrize(
+    ("operation", "width", "weights"),
+    [
+        (Bilinear(bias=True), 5, {"left": 6, "right": 7, "product": 5}),
+        (Biaffine("bxi,ioj,byj->bxyo", 6, 5, 7), 5, {"left": 6, "right": 7, "operation": 5}),
+        (Biaffine("bxi,ij,byj->bxy", 6, 7), 4, {"left": 6, "right": 7}),
+    ],
+    ids=["bilinear", "biaffine-labels", "biaffine"],
+)
+def test_both_factors_of_a_bilinear_map_shrink(
+    operation: nn.Module, width: int, weights: dict[str, int]
+) -> None:
+    compact = check_exact(Sandwich(operation, width))
+    groups = {g.name.removeprefix("operation."): g.neurons for g in compact.report.groups}
+    for name, before in weights.items():
+        assert (groups[name].before, groups[name].after) == (before, before - before // 2)
+
+
+def test_masked_connections_of_a_bilinear_map_free_its_first_factor() -> None:
+    model = Sandwich(Bilinear(bias=True), 5)
+    program = fxprune.trace(model.eval(), frames(2, 4))
+    neurons = analyze(program)
+    keep = torch.ones(5, 6, 7, dtype=torch.bool)
+    keep[:, 2] = False
+    masks = program.masks.cut_connections({"operation.product.weight": keep})
+    alive = alive_neurons(neurons, masks)
+    dead = (~alive).nonzero().flatten()
+    assert dead.tolist() == [int(neurons.group("operation.left").neurons[2])]
 
 
 def test_what_has_no_rule_says_so_with_its_place() -> None:

@@ -125,12 +125,23 @@ def test_cells_count_once_a_call() -> None:
     [
         (lambda x: functional.scaled_dot_product_attention(x, x, x), 2 * 2 * 3 * 3 * 4),
         (lambda x: torch.einsum("bij,bkj->bik", x, x), 2 * 3 * 3 * 4),
+        (lambda x: torch.einsum("bij,bkj,bkl->bil", x, x, x), 2 * (2 * 3 * 3 * 4)),
+        (lambda x: functional.bilinear(x, x, torch.ones(5, 4, 4)), 2 * 3 * 5 * 4 * 4),
         (lambda x: x @ x[0, 0], 2 * 3 * 4),
         (lambda x: torch.addmv(x[0, :, 0], x[0], x[1, 0]), 3 * 4),
         (lambda x: torch.dot(x[0, 0], x[1, 0]), 4),
         (lambda x: (x * x + x).tanh().mean(-1), 0),
     ],
-    ids=["attention", "einsum", "matrix-vector", "addmv", "dot", "pointwise"],
+    ids=[
+        "attention",
+        "einsum",
+        "einsum-of-three",
+        "bilinear",
+        "matrix-vector",
+        "addmv",
+        "dot",
+        "pointwise",
+    ],
 )
 def test_products_count_however_written(
     function: Callable[[Tensor], Tensor], expected: int
