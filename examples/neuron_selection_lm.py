@@ -287,6 +287,10 @@ def table(runs: Sequence[Run]) -> str:
     )
 
 
+def _described(run: Run) -> str:
+    return ", ".join(f"{name} {value}" for name, value in run["setting"].items())
+
+
 def _of(setting: Setting, seeds: Sequence[int], out: Path) -> list[Run]:
     return [r for r in read_results(out) if r["setting"] == asdict(setting) and r["seed"] in seeds]
 
@@ -297,9 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.table is not None:
         runs = read_results(options.table)
-        for setting in dict.fromkeys(Setting(**r["setting"]) for r in runs):
-            values = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
-            print(f"{values}:\n\n{table([r for r in runs if r['setting'] == asdict(setting)])}\n")
+        for values in dict.fromkeys(_described(r) for r in runs):
+            print(f"{values}:\n\n{table([r for r in runs if _described(r) == values])}\n")
         return 0
     setting = QUICK if options.quick else WORDS if options.words else Setting()
     setting = replace(setting, text="words" if options.words else "characters")

@@ -2,8 +2,8 @@
 
     removed = floor(sparsity * n + 1e-9) of n candidates, drawn without looking at the weights
 
-Structures, scopes, counts, floors and refusals are those of magnitude pruning, so that the two
-differ in nothing but the choice:
+Scopes, counts, floors and refusals are those of magnitude pruning, so that the two differ in
+nothing but the choice:
     1. ``connection``: single entries of weights, masked.
     2. ``neuron``: neurons, cut off; the last of a group stays.
 """
