@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 
 Batch = tuple[Tensor, Tensor, bool]
 """Tokens and those that follow them, [time, batch], and whether the text begins here."""
@@ -127,6 +128,11 @@ class Reader:
         with torch.autocast(batch[0].device.type, torch.bfloat16):
             logits, targets = self(model, batch)
         return functional.cross_entropy(logits, targets)
+
+
+def falling(end: float, steps: int, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """A rate that is constant for half of the steps, then falls to the given fraction of it."""
+    return LambdaLR(optimizer, lambda step: end ** max(0.0, 2 * step / steps - 1))
 
 
 @torch.no_grad()

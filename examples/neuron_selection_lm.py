@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,15 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from examples.language_model import Corpus, LanguageModel, Reader, batches, judge, read_corpus
+from examples.language_model import (
+    Corpus,
+    LanguageModel,
+    Reader,
+    batches,
+    falling,
+    judge,
+    read_corpus,
+)
 from examples.result_lines import Run, add_result, markdown, read_results, spread
 from fxprune import latency
 from fxprune.compact import Compact
@@ -68,6 +76,8 @@ class Setting:
         selecting: the fraction of them before the model shrinks.
         patience: epochs without progress after which a training ends.
         rate: of Adam.
+        falling: what is left of the rate in the end; it falls over the second half of the steps
+            that the dense model or the compact one trains.
         target: fraction of the dense multiply-accumulate operations that is to be left.
     """
 
@@ -76,11 +86,12 @@ class Setting:
     tokens: int = 0
     batch: int = 32
     steps: int = 64
-    epochs: int = 12
-    selecting: float = 0.25
+    epochs: int = 8
+    selecting: float = 0.375
     patience: int = 3
     rate: float = 2e-3
     target: float = 0.1
+    falling: float = 0.05
 
 
 WORDS = Setting("words", 1500, 0, 20, 35, 40, rate=1e-3, target=0.06)
@@ -137,17 +148,22 @@ class Experiment:
         with preserved_random_state(self.seed):
             return LanguageModel(self.corpus.vocabulary, self.setting.width)
 
-    def task(self, name: str, epochs: float) -> Task:
-        """Training on the text, judged by perplexity on the validation text."""
+    def task(self, name: str, epochs: float, *, last: bool = True) -> Task:
+        """Training on the text, judged by perplexity on the validation text.
+
+        The rate falls in the last training of a model.
+        """
         setting = self.setting
         train = batches(self.corpus.train[: setting.tokens or None], setting.batch, setting.steps)
+        steps = round(epochs * len(train))
         return Task(
             Reader(setting.width).loss,
             train,
             lambda model: self.judge(model, self.corpus.validation)[0],
             goal="min",
             optimizer=lambda p: torch.optim.Adam(p, lr=setting.rate),
-            steps=round(epochs * len(train)),
+            scheduler=partial(falling, setting.falling, steps) if last else None,
+            steps=steps,
             clip=1.0,
             patience=setting.patience,
             checkpoint=self.folder / name,
@@ -183,11 +199,12 @@ class Experiment:
             return self.scores(self.compile(model, [], None))
         if method in CRITERIA:
             chosen = NeuronSelection(target=setting.target, criterion=CRITERIA[method])
-            compact = self.compile(self.initial(), [chosen], self.task(f"{method}-gates", first))
+            task = self.task(f"{method}-gates", first, last=False)
+            compact = self.compile(self.initial(), [chosen], task)
         else:
             model = self.initial()
             if method == "magnitude":
-                fit(model, self.task("magnitude-dense", first), name=method)
+                fit(model, self.task("magnitude-dense", first, last=False), name=method)
             compact = self.compile(model, [SmallestNeurons(tuple(sizes.items()))], None)
             if method == "small":
                 rest = setting.epochs

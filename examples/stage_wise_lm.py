@@ -41,10 +41,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 import fxprune
-from examples.language_model import Corpus, LanguageModel, Reader, batches, judge, read_corpus
+from examples.language_model import (
+    Corpus,
+    LanguageModel,
+    Reader,
+    batches,
+    falling,
+    judge,
+    read_corpus,
+)
 from examples.result_lines import Run, add_result, read_results
 from examples.stage_wise_table import CLASSES, draw, table
 from fxprune.contract import Pass
@@ -126,11 +133,6 @@ def optimizer(text: str, parameters: Any) -> torch.optim.Optimizer:
     if text == "words":
         return torch.optim.SGD(parameters, lr=20)
     return torch.optim.Adam(parameters, lr=2e-3)
-
-
-def falling(end: float, steps: int, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """A rate that is constant for half of the steps, then falls to the given fraction of it."""
-    return LambdaLR(optimizer, lambda step: end ** max(0.0, 2 * step / steps - 1))
 
 
 def make_task(

@@ -80,3 +80,15 @@ def test_a_given_spread_bounds_embedding_and_decoder() -> None:
     assert float(lm.LanguageModel(50, 20).embedding.weight.detach().std()) == pytest.approx(
         1, abs=0.1
     )
+
+
+def test_rate_is_constant_then_falls_to_the_given_fraction() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=20)
+    scheduler = lm.falling(0.05, 8, optimizer)
+    rates = []
+    for _ in range(9):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == [20.0] * 5
+    assert rates[6] == pytest.approx(20 * 0.05**0.5) and rates[8] == pytest.approx(1.0)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples import stage_wise_lm as lm
 from examples.result_lines import read_results
@@ -26,18 +25,6 @@ def test_methods_have_the_same_budget() -> None:
     assert len(budgets) == 1
     stages = {name: 3 if p.order == "sequential" else 1 for name, p in passes.items()}
     assert {p.rounds * stages[name] for name, p in passes.items()} == {lm.Setting().rounds}
-
-
-def test_rate_is_constant_then_falls_to_the_given_fraction() -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=20)
-    scheduler = lm.falling(0.05, 8, optimizer)
-    rates = []
-    for _ in range(9):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:5] == [20.0] * 5
-    assert rates[6] == pytest.approx(20 * 0.05**0.5) and rates[8] == pytest.approx(1.0)
 
 
 def test_missing_data_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
