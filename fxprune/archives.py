@@ -10,12 +10,14 @@ from torch import Tensor, fx
 
 from fxprune.errors import ArchiveError, LoweringError
 from fxprune.program import Program, Refusal
+from fxprune.switching import batch_counter
 from fxprune.tracing import packing, recurrent
-from fxprune.tracing.archive import read_archive, write_archive
+from fxprune.tracing.archive import read_archive, read_modes, write_archive
+from fxprune.tracing.archive_modes import Modes
 from fxprune.tracing.exporting import export_program
 from fxprune.tracing.importing import import_program
 from fxprune.tracing.layers import LayerWeights, run_stack
-from fxprune.tracing.modes import switchable
+from fxprune.tracing.modes import LOST_SWITCH, switchable
 from fxprune.tracing.recurrent import stock_operations
 from fxprune.tracing.sizes import at_sizes, example_sizes
 from fxprune.tracing.tracer import trace
@@ -24,6 +26,8 @@ from fxprune.verify import compare_outputs, tolerance_of
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
+
+    from torch.export import ExportedProgram
 
     from fxprune.program import InputSpec
 
@@ -37,7 +41,9 @@ def load(path: str | os.PathLike[str]) -> Program:
 
     Archives of :meth:`fxprune.Compact.save` and of ``torch.export.save`` are read, the latter with
     torch's own recurrent operations. The archive is checked before torch sees it: nothing in it
-    is executed. Dropout and batch norm follow ``train()`` and ``eval()`` again.
+    is executed. Dropout, batch norm and attention follow ``train()`` and ``eval()`` as they did; in
+    an archive that fxprune did not write, every dropout does, and every batch norm that counts its
+    batches.
 
     Raises:
         ArchiveError: the file is absent, corrupt, foreign or unsafe, or has no example inputs.
@@ -52,8 +58,7 @@ def load(path: str | os.PathLike[str]) -> Program:
     _tie(exported)
     args, kwargs = exported.example_inputs
     program = import_program(exported, (tuple(args), dict(kwargs or {})))
-    switches = {n.name: 1.0 for n in switchable(program.graph) if _follows_mode(n)}
-    program = replace(program, switches=switches)
+    program = _with_modes(program, read_modes(path), str(path))
     return _with_own_layers(program) if _stock_layers(program) else program
 
 
@@ -71,7 +76,8 @@ def save_archive(
 ) -> tuple[str, ...]:
     """Writes a program as an archive; see :meth:`fxprune.Compact.save`."""
     if not portable:
-        write_archive(export_program(program), path)
+        exported = export_program(program)
+        write_archive(exported, path, _modes(program, exported))
         return ()
     if any(_takes_lengths(n) for n in program.graph.nodes):
         raise LoweringError(
@@ -82,7 +88,7 @@ def save_archive(
         exported = export_program(program)
     now = import_program(exported, program.example).inputs
     _drop_needless_guards(program, exported, now)
-    write_archive(exported, path)
+    write_archive(exported, path, _modes(program, exported))
     return tuple(
         f"{spec.name}[{dim}]={size}"
         for spec, dim, was, size in _dimensions(program, now)
@@ -90,9 +96,34 @@ def save_archive(
     )
 
 
-def _follows_mode(node: fx.Node) -> bool:
-    position = 5 if node.target is aten.batch_norm.default else 2
-    return node.target is not aten.scaled_dot_product_attention.default and not node.args[position]
+def _modes(program: Program, exported: ExportedProgram) -> Modes:
+    """What an archive says about the modes; by position, as exporting gives nodes new names."""
+    follows = tuple(program.switches.get(n.name) for n in switchable(program.graph))
+    if len(switchable(exported.graph)) != len(follows):
+        return Modes((), program.mode_difference or LOST_SWITCH)
+    return Modes(follows, program.mode_difference)
+
+
+def _with_modes(program: Program, modes: Modes | None, path: str) -> Program:
+    nodes = switchable(program.graph)
+    if modes is None:
+        return replace(program, switches={n.name: 1.0 for n in nodes if _may_follow(n, program)})
+    if modes.difference is None and len(modes.follows) != len(nodes):
+        raise ArchiveError(
+            f"{path}: it says of {len(modes.follows)} operations whether they follow the mode, and "
+            f"holds {len(nodes)} that may. Save the program again.",
+            path=path,
+        )
+    pairs = zip(nodes, modes.follows, strict=False)
+    switches = {n.name: value for n, value in pairs if value is not None}
+    return replace(program, switches=switches, mode_difference=modes.difference)
+
+
+def _may_follow(node: fx.Node, program: Program) -> bool:
+    """Whether an operation that is off in eval mode most likely is on in train mode."""
+    if node.target is aten.batch_norm.default:
+        return not node.args[5] and batch_counter(node) in program.tensors
+    return node.target is not aten.scaled_dot_product_attention.default and not node.args[2]
 
 
 def _takes_lengths(node: fx.Node) -> bool:

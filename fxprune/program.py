@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.export._unlift import _get_codegen
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import InputError
 from fxprune.masking.masks import Masks
+from fxprune.switching import insert_refusal, make_switchable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["InputSpec", "Kind", "Program", "Refusal", "check_input"]
 
@@ -139,8 +139,10 @@ class Program:
         root: dict[str, Any] = {**self.tensors, **(parts or {})}
         for node in list(graph.nodes):
             if node.name in self.switches:
-                root.update(_make_switchable(graph, node, self))
+                root.update(make_switchable(graph, node, self.switches[node.name], self.tensors))
         _insert_input_checks(graph, self)
+        if self.mode_difference is not None:
+            root.update(insert_refusal(graph, self.mode_difference))
         for node in graph.nodes:
             # Unpickling traces the generated code: functions of ours stay one node each there.
             if node.op == "call_function" and isinstance(node.target, FunctionType):
@@ -150,94 +152,7 @@ class Program:
         for alias, name in self.aliases.items():
             if _has(module, name):
                 _attach(module, alias, module.get_parameter(name))
-        if self.mode_difference is not None:
-            # Every GraphModule has a class of its own.
-            owner: Any = type(module)
-            owner.train = _refuse_train(self.mode_difference)
         return module.eval()
-
-
-class _BatchNorm(nn.Module):
-    """Batch norm over the program's tensors that follows ``training``."""
-
-    def __init__(self, momentum: float, eps: float) -> None:
-        super().__init__()
-        self.momentum, self.eps = momentum, eps
-
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        batches: Tensor | None = None,
-    ) -> Tensor:
-        if self.training and batches is not None:
-            batches.add_(1)
-        return functional.batch_norm(
-            x, mean, var, weight, bias, self.training, self.momentum, self.eps
-        )
-
-
-class _Attention(nn.Module):
-    """Scaled dot-product attention whose dropout follows ``training``."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.dropout = dropout
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        _: float = 0.0,
-        is_causal: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout, is_causal, **kwargs
-        )
-
-
-_DROPOUTS: dict[Any, Callable[[Any], nn.Module]] = {
-    aten.dropout.default: nn.Dropout,
-    aten.dropout_.default: nn.Dropout,
-    aten.feature_dropout.default: nn.Dropout1d,
-    aten.alpha_dropout.default: nn.AlphaDropout,
-}
-
-
-def _make_switchable(graph: fx.Graph, node: fx.Node, program: Program) -> dict[str, nn.Module]:
-    """Replaces an evaluation-mode call by a module that follows train() and eval()."""
-    name = f"_switch_{node.name}"
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}
-    made: nn.Module
-    if node.target is aten.batch_norm.default:
-        x, weight, bias, mean, var, _, momentum, eps, *_rest = node.args
-        args = (x, weight, bias, mean, var)
-        made = _BatchNorm(momentum, eps)  # type: ignore[arg-type]
-        counter = str(mean.target).removesuffix("running_mean") + "num_batches_tracked"  # type: ignore[union-attr]
-        if counter in program.tensors:
-            with graph.inserting_before(node):
-                args = (*args, graph.create_node("get_attr", counter))
-    elif node.target is aten.scaled_dot_product_attention.default:
-        args = node.args
-        made = _Attention(program.switches[node.name])
-        kwargs = dict(node.kwargs)
-    else:
-        args = (node.args[0],)
-        made = _DROPOUTS[node.target](node.args[1])
-    with graph.inserting_before(node):
-        call = graph.create_node("call_module", name, args, kwargs)
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
-    return {name: made}
 
 
 def check_input(x: Tensor, name: str, shape: tuple[int | None, ...]) -> Tensor:
@@ -308,19 +223,6 @@ def _argument_names(program: Program) -> list[str] | None:
             names[path[1].idx] = spec.name.removesuffix("".join(f"_{k}" for k in keys))
     names += kwargs_spec.context
     return names if all(n.isidentifier() for n in names) and len(set(names)) == len(names) else None
-
-
-def _refuse_train(difference: str) -> Callable[..., nn.Module]:
-    def train(module: nn.Module, mode: bool = True) -> nn.Module:
-        if mode:
-            raise InputError(
-                "this model computes something else in train mode than in eval mode: "
-                f"{difference}. The traced program knows eval mode only; make the difference a "
-                "dropout or a batch norm, or train the original model."
-            )
-        return nn.Module.train(module, mode)
-
-    return train
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional
 
 import fxprune
 from fxprune.archives import load, save_archive
-from fxprune.errors import ArchiveError, TraceError
+from fxprune.errors import ArchiveError, InputError, TraceError
 from fxprune.tracing import recurrent
+from fxprune.tracing.modes import switchable
 from tests.small import HALF, PackedTagger, Tagger, TiedModel, frames
+from tests.tracing.archive_files import rewrite
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported"),
@@ -62,6 +67,80 @@ def test_modes_are_switched_again(tmp_path: Path) -> None:
     module.train()
     assert not torch.equal(module(frames()), module(frames()))
     assert not torch.equal(mean, module.get_buffer("2.running_mean"))
+
+
+class Modes(nn.Module):
+    """Parts that follow the mode, and the same parts that never do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(5)
+        self.register_buffer("running_mean", torch.randn(5))
+        self.register_buffer("var", torch.rand(5) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops, normalizes and attends."""
+        mean, var = self.get_buffer("running_mean"), self.get_buffer("var")
+        y = functional.batch_norm(functional.dropout(x, training=False), mean, var)
+        y = self.norm(self.drop(y))
+        p = 0.25 if self.training else 0.0
+        return functional.scaled_dot_product_attention(y, y, y, dropout_p=p)
+
+
+def test_an_archive_knows_what_follows_the_mode(tmp_path: Path) -> None:
+    program = fxprune.trace(Modes(), frames())
+    save_archive(program, tmp_path / "m.pt2")
+    loaded = load(tmp_path / "m.pt2")
+    nodes = switchable(loaded.graph)
+    assert [loaded.switches.get(n.name) for n in nodes] == [None, None, 1.0, 1.0, 0.25]
+    assert [program.switches.get(n.name) for n in switchable(program.graph)] == [
+        loaded.switches.get(n.name) for n in nodes
+    ]
+    with zipfile.ZipFile(tmp_path / "m.pt2", "a") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("extra/fxprune_modes.json"))
+        described = json.loads(archive.read(name))
+    rewrite(
+        tmp_path / "m.pt2",
+        tmp_path / "bad.pt2",
+        {name.partition("/")[2]: json.dumps({**described, "follows": [1.0]}).encode()},
+    )
+    with pytest.raises(ArchiveError, match=r"says of 1 operations .* holds 5 that may"):
+        load(tmp_path / "bad.pt2")
+
+
+def test_an_archive_of_others_follows_the_mode_where_that_is_likely(tmp_path: Path) -> None:
+    exported = torch.export.export(Modes().eval(), (frames(),))
+    torch.export.save(exported, tmp_path / "m.pt2")
+    loaded = load(tmp_path / "m.pt2")
+    follows = [n.name in loaded.switches for n in switchable(loaded.graph)]
+    assert follows == [True, False, True, True, False]
+    module = loaded.module().train()
+    before = module.get_buffer("running_mean").clone()
+    module(frames())
+    assert torch.equal(module.get_buffer("running_mean"), before)
+
+
+class Scales(nn.Module):
+    """Computes something else in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds, or multiplies."""
+        y: Tensor = self.rnn(x)[0]
+        return y * 2 if self.training else y + 3
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_an_archive_refuses_train_mode_as_the_program_did(portable: bool, tmp_path: Path) -> None:
+    program = fxprune.trace(Scales(), frames())
+    save_archive(program, tmp_path / "m.pt2", portable=portable)
+    loaded = load(tmp_path / "m.pt2")
+    assert loaded.mode_difference == program.mode_difference
+    with pytest.raises(InputError, match=r"aten.add.Tensor becomes aten.mul.Tensor"):
+        loaded.module().train()
 
 
 LAYERS: dict[str, nn.RNNBase] = {

@@ -31,6 +31,7 @@ from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer, deserialize_scalar_type
 
 from fxprune.errors import ArchiveError, ConfigError
+from fxprune.tracing.archive_modes import MODES_FILE, Modes
 from fxprune.tracing.archive_rules import load_json
 from fxprune.tracing.archive_schema import decode
 from fxprune.tracing.archive_tensors import (
@@ -42,17 +43,18 @@ from fxprune.tracing.archive_tensors import (
     view,
 )
 
-__all__ = ["read_archive", "write_archive"]
+__all__ = ["read_archive", "read_modes", "write_archive"]
 
 _PROGRAM = "models/model.json"
 _SAMPLE_INPUTS = "data/sample_inputs/model.pt"
+_MODES = f"extra/{MODES_FILE}"
 _KNOWN_MEMBER = re.compile(
     r"archive_format|archive_version|byteorder|version"
     r"|\.data/(?:version|serialization_id)|\.format_version|\.storage_alignment"
     rf"|{re.escape(_PROGRAM)}|{re.escape(_SAMPLE_INPUTS)}"
     r"|data/weights/(?:model_weights_config\.json|model\.pt|weight_\d{1,9})"
     r"|data/constants/(?:model_constants_config\.json|model\.pt|tensor_\d{1,9})"
-    # Files that the user added: never read.
+    # Files that the user added, never read; and what is known of the modes.
     r"|extra/\w[\w. -]*(?:/\w[\w. -]*)*"
 )
 _REMEDY = "Export and save the program again, or get it from a source that you trust"
@@ -84,7 +86,22 @@ def read_archive(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
             return ExportedProgramDeserializer().deserialize(program, weights, constants, inputs)
 
 
-def write_archive(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
+def read_modes(path: str | os.PathLike[str]) -> Modes | None:
+    """What an archive says about train mode; None if it says nothing.
+
+    Raises:
+        ArchiveError: as :func:`read_archive`.
+    """
+    path = os.fspath(path)
+    with _blame(path), _open(path) as archive, _blame(path, _MODES):
+        return Modes.from_json(archive.read(_MODES)) if _MODES in archive.members else None
+
+
+def write_archive(
+    program: torch.export.ExportedProgram,
+    path: str | os.PathLike[str],
+    modes: Modes | None = None,
+) -> None:
     """Saves an exported program; the file appears whole or not at all.
 
     Memory: the whole file is held once.
@@ -92,6 +109,7 @@ def write_archive(program: torch.export.ExportedProgram, path: str | os.PathLike
     Args:
         program: what to save.
         path: where; an existing file is replaced.
+        modes: what train mode changes, for :func:`read_modes`.
 
     Raises:
         ConfigError: the target cannot be written; an existing file is as it was.
@@ -108,7 +126,8 @@ def write_archive(program: torch.export.ExportedProgram, path: str | os.PathLike
     # Through memory: a write that fails inside torch's own writer aborts the process.
     buffer = io.BytesIO()
     try:
-        torch.export.save(program, buffer)
+        extra = {} if modes is None else {MODES_FILE: modes.to_json()}
+        torch.export.save(program, buffer, extra_files=extra)
     except Exception as error:
         raise ArchiveError(
             f"cannot write {os.fspath(path)}: {_reason(error)}. "

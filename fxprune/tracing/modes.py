@@ -15,9 +15,12 @@ from fxprune.tracing.importing import place_of
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-__all__ = ["Step", "compare_modes", "steps_of", "switchable", "without_dropout"]
+__all__ = ["LOST_SWITCH", "Step", "compare_modes", "steps_of", "switchable", "without_dropout"]
 
 aten = torch.ops.aten
+
+LOST_SWITCH = "dropout or batch norm on a path that tracing removed"
+"""Where the modes differ if not every operation that follows them can be found again."""
 
 _FLAG = {
     "dropout": 2,
@@ -75,7 +78,8 @@ def compare_modes(
         if ours.follows is not None and ours.target == theirs.target:
             flag, other = _flag(left, ours.follows), _flag(right, ours.follows)
             follows.append(other if other != flag else None)
-            left, right = _without(left, ours.follows), _without(right, ours.follows)
+            if not flag:  # off in eval mode: what is on there and off in train mode is no switch
+                left, right = _without(left, ours.follows), _without(right, ours.follows)
         if ours.target != theirs.target or left != right:
             return follows, f"{ours.target} becomes {theirs.target}{ours.place}"
     return follows, None

@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
 from fxprune.program import Call, InputSpec, Program, Refusal
 from fxprune.randomness import preserved_random_state
+from fxprune.switching import EvalOnly
 from fxprune.tracing.exporting import automatic_shapes, export
 from fxprune.tracing.importing import import_program
 from fxprune.tracing.isolation import constant_parameters, isolated
 from fxprune.tracing.layers import guarded_layers
-from fxprune.tracing.modes import Step, compare_modes, steps_of, switchable
+from fxprune.tracing.modes import LOST_SWITCH, Step, compare_modes, steps_of, switchable
 from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, squeezed_symbols
 from fxprune.trials import first_taken, other_values
 from fxprune.verify import compare_outputs, tolerance_of
@@ -346,6 +347,9 @@ def _with_modes(
     shapes: Callable[[Call], Any],
 ) -> Program:
     """Adds what train mode changes, from a second trace."""
+    for part in model.modules():
+        if isinstance(part, EvalOnly):  # a program's module, which refuses train mode
+            return replace(program, mode_difference=part.difference)
     model.train()
     call = program.example
     grown = at_sizes(program, {s: n + 1 for s, n in example_sizes(program).items()})
@@ -360,7 +364,6 @@ def _with_modes(
     follows, difference = compare_modes(evaluating, steps_of(training))
     nodes = switchable(program.graph)
     if len(nodes) != len(follows):
-        difference = difference or "dropout or batch norm on a path that tracing removed"
-        return replace(program, mode_difference=difference)
+        return replace(program, mode_difference=difference or LOST_SWITCH)
     switches = {n.name: value for n, value in zip(nodes, follows, strict=True) if value is not None}
     return replace(program, switches=switches, mode_difference=difference)

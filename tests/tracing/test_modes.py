@@ -80,6 +80,18 @@ class Adds(nn.Module):
         return x + torch.randn_like(x) if self.training else x
 
 
+class Backwards(nn.Module):
+    """Drops in eval mode only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops."""
+        return functional.dropout(x, 0.5, training=not self.training)
+
+
+def test_what_is_on_in_eval_mode_only_is_another_difference() -> None:
+    assert both(Backwards(), frames())[1] is not None
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [(Scales(), "aten.add.Tensor becomes aten.mul.Tensor, at .*test_modes.py:"), (Adds(), "")],
