@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.errors import TraceError
 from fxprune.randomness import preserved_random_state
+from fxprune.tracing.contents import Contents, equal_values, holds_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,72 +24,6 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _IGNORED = (*_CONTAINERS, "_flat_weights")
 
 
-class _Contents:
-    """What the lists, dicts and tensors that hang on an attribute hold, however deeply nested."""
-
-    def __init__(self) -> None:
-        self.collections: dict[int, tuple[Any, Any]] = {}
-        self.tensors: dict[int, tuple[Tensor, int | None, Tensor]] = {}
-
-    def add(self, value: Any) -> None:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            if id(value) not in self.tensors and not value.is_meta:
-                version = None if value.is_inference() else value._version
-                self.tensors[id(value)] = (value, version, value.detach().clone())
-        elif isinstance(value, (list, dict, set, deque)) and id(value) not in self.collections:
-            self.collections[id(value)] = (value, value.copy())
-            for part in value.values() if isinstance(value, dict) else value:
-                self.add(part)
-        elif isinstance(value, tuple):
-            for part in value:
-                self.add(part)
-
-    def changed(self, value: Any) -> bool:
-        """Whether a tensor has come into a collection, or a tensor's values are others."""
-        if isinstance(value, Tensor) and id(value) in self.tensors:
-            _, version, old = self.tensors[id(value)]
-            return version != _version(value) and not _equal(value, old)
-        if isinstance(value, (list, dict, set, deque)) and id(value) in self.collections:
-            old = self.collections[id(value)][1]
-            known = {id(v) for v in _parts(old)}
-            return any(
-                (id(v) not in known and _holds_tensor(v)) or self.changed(v) for v in _parts(value)
-            )
-        return isinstance(value, tuple) and any(self.changed(v) for v in value)
-
-    def restore(self) -> None:
-        for value, old in self.collections.values():
-            if isinstance(value, list):
-                value[:] = old
-            else:
-                value.clear()
-                (value.extend if isinstance(value, deque) else value.update)(old)
-        for tensor, version, old in self.tensors.values():
-            if version is None or _version(tensor) != version:
-                with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(old)
-
-
-def _parts(value: Any) -> list[Any]:
-    return list(value.values() if isinstance(value, dict) else value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach(), b)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set, deque)):
-        return any(_holds_tensor(v) for v in value)
-    if isinstance(value, dict):
-        return any(_holds_tensor(v) for v in value.values())
-    return isinstance(value, Tensor)
-
-
 @dataclass(frozen=True)
 class _Snapshot:
     """One module's attributes, shallow copies of its containers, and its buffers' values."""
@@ -98,17 +32,16 @@ class _Snapshot:
     module: nn.Module
     attributes: dict[str, Any]
     containers: dict[str, dict[str, Any]]
-    contents: _Contents = field(default_factory=_Contents)
+    contents: Contents
 
     @classmethod
-    def of(cls, name: str, module: nn.Module) -> _Snapshot:
+    def of(cls, name: str, module: nn.Module, contents: Contents) -> _Snapshot:
         attributes = dict(module.__dict__)
         containers = {c: dict(attributes[c]) for c in _CONTAINERS}
-        snapshot = cls(name, module, attributes, containers)
         for key, value in (*attributes.items(), *containers["_buffers"].items()):
             if key not in _IGNORED:
-                snapshot.contents.add(value)
-        return snapshot
+                contents.add(value)
+        return cls(name, module, attributes, containers, contents)
 
     def changed(self) -> list[str]:
         """Names of tensors that forward left on the module: state that a trace would lose."""
@@ -120,7 +53,7 @@ class _Snapshot:
             f"{self.name}.{key}" if self.name else key
             for key, value in {**now, **self.module._buffers, **dict.fromkeys(new)}.items()
             if key in new
-            or (value is not before.get(key) and _holds_tensor(value) and key not in computed)
+            or (value is not before.get(key) and holds_tensor(value) and key not in computed)
             or self.contents.changed(value)
         ]
 
@@ -132,7 +65,6 @@ class _Snapshot:
         for name in _CONTAINERS:
             attributes[name].clear()
             attributes[name].update(self.containers[name])
-        self.contents.restore()
 
 
 def _computed_weights(module: nn.Module) -> set[str]:
@@ -147,6 +79,7 @@ class Isolation:
     """A model as it was when its isolation began."""
 
     snapshots: tuple[_Snapshot, ...]
+    contents: Contents
 
     def check(self) -> None:
         """Refuses a model whose forward has left something behind.
@@ -162,6 +95,12 @@ class Isolation:
                 "memory of earlier calls: pass the state in as an input and return the new one."
             )
 
+    def restore(self) -> None:
+        """Puts everything back."""
+        for snapshot in self.snapshots:
+            snapshot.restore()
+        self.contents.restore()
+
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[Isolation]:
@@ -172,14 +111,15 @@ def isolated(model: nn.Module) -> Iterator[Isolation]:
     Raises:
         TraceError: the block succeeded, but forward kept tensors on the module.
     """
-    isolation = Isolation(tuple(_Snapshot.of(n, m) for n, m in model.named_modules()))
+    contents = Contents()
+    snapshots = tuple(_Snapshot.of(n, m, contents) for n, m in model.named_modules())
+    isolation = Isolation(snapshots, contents)
     with preserved_random_state():
         try:
             yield isolation
             isolation.check()
         finally:
-            for snapshot in isolation.snapshots:
-                snapshot.restore()
+            isolation.restore()
 
 
 @contextmanager
@@ -196,7 +136,7 @@ def constant_parameters(model: nn.Module) -> Iterator[None]:
     try:
         with originals:
             yield
-        changed = [names[p] for p, v in values.items() if not _equal(p.data, originals.of(v))]
+        changed = [names[p] for p, v in values.items() if not equal_values(p.data, originals.of(v))]
     finally:
         for parameter, value in values.items():
             parameter.data = value
