@@ -16,7 +16,7 @@ from fxprune.tracing.archive import read_archive, read_modes, write_archive
 from fxprune.tracing.archive_modes import Modes
 from fxprune.tracing.exporting import export_program
 from fxprune.tracing.importing import import_program
-from fxprune.tracing.layers import LayerWeights, run_stack
+from fxprune.tracing.kernels import calls_kernel
 from fxprune.tracing.modes import LOST_SWITCH, switchable
 from fxprune.tracing.recurrent import stock_operations
 from fxprune.tracing.sizes import at_sizes, example_sizes
@@ -58,8 +58,10 @@ def load(path: str | os.PathLike[str]) -> Program:
     _tie(exported)
     args, kwargs = exported.example_inputs
     program = import_program(exported, (tuple(args), dict(kwargs or {})))
-    program = _with_modes(program, read_modes(path), str(path))
-    return _with_own_layers(program) if _stock_layers(program) else program
+    modes = read_modes(path)
+    program = _with_modes(program, modes, str(path))
+    stock = any(calls_kernel(node) for node in program.graph.nodes)
+    return _with_own_layers(program, modes) if stock else program
 
 
 def _tie(exported: Any) -> None:
@@ -107,7 +109,7 @@ def _modes(program: Program, exported: ExportedProgram) -> Modes:
 def _with_modes(program: Program, modes: Modes | None, path: str) -> Program:
     nodes = switchable(program.graph)
     if modes is None:
-        return replace(program, switches={n.name: 1.0 for n in nodes if _may_follow(n, program)})
+        return replace(program, switches=_likely_switches(program))
     if modes.difference is None and len(modes.follows) != len(nodes):
         raise ArchiveError(
             f"{path}: it says of {len(modes.follows)} operations whether they follow the mode, and "
@@ -117,6 +119,10 @@ def _with_modes(program: Program, modes: Modes | None, path: str) -> Program:
     pairs = zip(nodes, modes.follows, strict=False)
     switches = {n.name: value for n, value in pairs if value is not None}
     return replace(program, switches=switches, mode_difference=modes.difference)
+
+
+def _likely_switches(program: Program) -> dict[str, float]:
+    return {n.name: 1.0 for n in switchable(program.graph) if _may_follow(n, program)}
 
 
 def _may_follow(node: fx.Node, program: Program) -> bool:
@@ -165,93 +171,10 @@ def _drop_needless_guards(program: Program, exported: Any, now: tuple[InputSpec,
         exported._guards_code = guards
 
 
-# Torch's own recurrent operations --------------------------------------------------------------
-
-
-def _lstm(
-    x: Tensor,
-    hx: list[Tensor],
-    params: list[Tensor],
-    biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    projected = hx[0].shape[2] != hx[1].shape[2]
-    count = 2 + 2 * biases + projected
-    weights = [
-        _layer(params[i : i + count], biases, projected) for i in range(0, len(params), count)
-    ]
-    y, states = _stack("lstm", x, tuple(hx), weights, bidirectional, dropout, batch_first)
-    return y, states[0], states[1]
-
-
-def _single(kind: str) -> Any:
-    def run(
-        x: Tensor,
-        hx: Tensor,
-        params: list[Tensor],
-        biases: bool,
-        layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Tensor, Tensor]:
-        count = 2 + 2 * biases
-        weights = [
-            _layer(params[i : i + count], biases, False) for i in range(0, len(params), count)
-        ]
-        y, states = _stack(kind, x, (hx,), weights, bidirectional, dropout, batch_first)
-        return y, states[0]
-
-    run.__name__ = run.__qualname__ = f"_{kind}"
-    return run
-
-
-_gru, _rnn_tanh, _rnn_relu = (_single(kind) for kind in ("gru", "rnn_tanh", "rnn_relu"))
-
-_STOCK = {
-    aten.lstm.input: _lstm,
-    aten.gru.input: _gru,
-    aten.rnn_tanh.input: _rnn_tanh,
-    aten.rnn_relu.input: _rnn_relu,
-}
-
-
-def _layer(tensors: list[Tensor], biases: bool, projected: bool) -> LayerWeights:
-    w_ih, w_hh, *rest = tensors
-    b_ih, b_hh = rest[:2] if biases else (None, None)
-    return LayerWeights(w_ih, w_hh, b_ih, b_hh, rest[-1] if projected else None)
-
-
-def _stack(
-    kind: str,
-    x: Tensor,
-    states: tuple[Tensor, ...],
-    weights: list[LayerWeights],
-    bidirectional: bool,
-    dropout: float,
-    batch_first: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    x = x.transpose(0, 1) if batch_first else x
-    y, finals = run_stack(kind, x, states, weights, bidirectional=bidirectional, dropout=dropout)
-    stacked = [torch.stack(s) for s in zip(*finals, strict=True)]
-    return (y.transpose(0, 1) if batch_first else y), stacked
-
-
-def _stock_layers(program: Program) -> bool:
-    return any(n.target in _STOCK for n in program.graph.nodes if n.op == "call_function")
-
-
-def _with_own_layers(program: Program) -> Program:
+def _with_own_layers(program: Program, modes: Modes | None) -> Program:
     """Traces a program anew with one operation per recurrent layer and direction."""
-    graph, _ = program.copy_graph()
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _STOCK.get(node.target, node.target)
-    traced = trace(replace(program, graph=graph).module(), program.example)
+    traced = trace(program.module(), program.example)
+    if modes is None:  # dropout between the layers has come out of them
+        traced = replace(traced, switches={**_likely_switches(traced), **traced.switches})
     note = Refusal("archive", "recurrent layers came as torch's own operations, traced anew")
     return replace(traced, refusals=(*traced.refusals, note))

@@ -172,6 +172,15 @@ def test_stock_recurrent_layers_become_ours(name: str, portable: bool, tmp_path:
     assert any("traced anew" in refusal.reason for refusal in program.refusals)
 
 
+def test_dropout_between_stock_layers_follows_the_mode(tmp_path: Path) -> None:
+    model = nn.GRU(3, 4, num_layers=2, dropout=0.5).eval()
+    torch.export.save(torch.export.export(model, (frames(),)), tmp_path / "m.pt2")
+    module = load(tmp_path / "m.pt2").module()
+    assert torch.equal(module(frames())[0], module(frames())[0])
+    module.train()
+    assert not torch.equal(module(frames())[0], module(frames())[0])
+
+
 def test_stock_archives_are_pruned(tmp_path: Path) -> None:
     model = Tagger(nn.LSTM, num_layers=2).eval()
     torch.export.save(torch.export.export(model, (frames(),)), tmp_path / "m.pt2")

@@ -17,6 +17,7 @@ from torch.fx import _symbolic_trace as symbolic_tracer
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, TraceError
+from fxprune.tracing.kernels import TracedKernels
 from fxprune.tracing.layers import traced_layers
 from fxprune.tracing.pooling import TracedPooling
 from fxprune.tracing.sizes import at_sizes, example_sizes
@@ -54,11 +55,12 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
     """
     try:
         with (
+            traced_layers(),  # first: one thread at a time, whatever else is changed here
             # Size 1 in the example must not bake itself in: batch 1 is what most people pass.
             fx_config.patch(  # type: ignore[attr-defined]  # installed by torch at import
                 backed_size_oblivious=True
             ),
-            traced_layers(),
+            TracedKernels(),
             TracedPooling(),
             torch.inference_mode(False),
             torch.enable_grad(),

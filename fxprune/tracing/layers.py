@@ -6,6 +6,7 @@ It computes what torch's forward computes, written with one operation of
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -27,6 +28,9 @@ __all__ = ["guarded_layers", "run_stack", "traced_layers"]
 
 _State = tuple[Tensor, ...]
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while torch's classes are other than they were, lest two threads put back each other's."""
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -41,12 +45,20 @@ class LayerWeights:
 
 @contextmanager
 def traced_layers() -> Iterator[None]:
-    """While active, recurrent modules and packing trace into fxprune's operations."""
-    with ExitStack() as stack:
-        stack.enter_context(traced_packing())
-        for layer in (nn.LSTM, nn.GRU, nn.RNN):
-            stack.callback(setattr, layer, "forward", layer.forward)
-            layer.forward = _traced_forward  # type: ignore[method-assign,assignment]
+    """While active, this thread's recurrent modules and packing trace into fxprune's operations."""
+    thread = threading.get_ident()
+
+    def traced(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def chosen(module: nn.RNNBase, input: Any, hx: Any = None) -> Any:
+            # Sequences that were packed before hold tensors of their own, and other threads'.
+            real = isinstance(input, PackedSequence) and not isinstance(input, TracedSequence)
+            ours = threading.get_ident() == thread and not real
+            return (_traced_forward if ours else forward)(module, input, hx)
+
+        return chosen
+
+    with _ONE_AT_A_TIME, traced_packing(), _forwards(traced), _parameters_as_weights():
         yield
 
 
@@ -56,11 +68,38 @@ def guarded_layers() -> Iterator[None]:
 
     Trying a user's own model at other sizes must not end the process.
     """
+    with _ONE_AT_A_TIME, _forwards(_guarded):
+        yield
+
+
+@contextmanager
+def _forwards(wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in (nn.LSTM, nn.GRU, nn.RNN):
             stack.callback(setattr, layer, "forward", layer.forward)
-            layer.forward = _guarded(layer.forward)  # type: ignore[method-assign]
+            layer.forward = wrapped(layer.forward)  # type: ignore[method-assign]
         yield
+
+
+@contextmanager
+def _parameters_as_weights() -> Iterator[None]:
+    """While active, a recurrent module's list of weights holds its present parameters.
+
+    ``torch.export`` puts others in their places and would take those of the list for constants.
+    """
+
+    def read(module: nn.RNNBase) -> list[Tensor | None]:
+        return [getattr(module, name, None) for name in module._flat_weights_names]
+
+    def write(module: nn.RNNBase, weights: list[Tensor | None]) -> None:
+        module.__dict__["_flat_weights"] = weights
+
+    base: Any = nn.RNNBase
+    base._flat_weights = property(read, write)
+    try:
+        yield
+    finally:
+        del base._flat_weights
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -70,6 +71,45 @@ def test_packed_input_gives_packed_output() -> None:
         padded, _ = nn.utils.rnn.pad_packed_sequence(result)
     torch.testing.assert_close(padded, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(h_n, h, rtol=1e-6, atol=1e-6)
+
+
+def final_state(module: nn.GRU, x: Tensor) -> Tensor:
+    state: Tensor = module(pack_padded_sequence(x, torch.tensor([5, 2])))[1]
+    return state
+
+
+@pytest.mark.parametrize("context", [traced_layers, guarded_layers])
+def test_other_threads_are_left_alone(context: Any) -> None:
+    module, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
+    expected = final_state(module, x)
+    with context(), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(final_state, module, x).result(), expected)
+
+
+def test_sequences_that_were_packed_before_are_run_as_they_are() -> None:
+    module = nn.GRU(3, 4)
+    packed = pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 2]))
+    expected = module(packed)[1]
+    with traced_layers():
+        assert torch.equal(module(packed)[1], expected)
+
+
+def test_one_thread_traces_at_a_time() -> None:
+    forward, order = nn.GRU.forward, []
+
+    def other() -> None:
+        with guarded_layers():
+            order.append("other")
+
+    with ThreadPoolExecutor(1) as pool:
+        with traced_layers():
+            waits = pool.submit(other)
+            with pytest.raises(TimeoutError):
+                waits.result(timeout=0.02)
+            order.append("first")
+        waits.result()
+    assert order == ["first", "other"]
+    assert nn.GRU.forward is forward
 
 
 def test_dropout_between_layers_draws_the_same_numbers() -> None:
