@@ -19,7 +19,7 @@ from fxprune.tracing.importing import import_program
 from fxprune.tracing.kernels import calls_kernel
 from fxprune.tracing.modes import LOST_SWITCH, switchable
 from fxprune.tracing.recurrent import stock_operations
-from fxprune.tracing.sizes import at_sizes, example_sizes
+from fxprune.tracing.sizes import at_sizes, check_example, example_sizes
 from fxprune.tracing.tracer import trace
 from fxprune.verify import compare_outputs, tolerance_of
 
@@ -47,6 +47,7 @@ def load(path: str | os.PathLike[str]) -> Program:
 
     Raises:
         ArchiveError: the file is absent, corrupt, foreign or unsafe, or has no example inputs.
+        ConfigError: an example input is empty.
         TraceError: what it holds cannot be a program.
     """
     exported = read_archive(path)
@@ -57,6 +58,7 @@ def load(path: str | os.PathLike[str]) -> Program:
         )
     _tie(exported)
     args, kwargs = exported.example_inputs
+    check_example((args, kwargs))
     program = import_program(exported, (tuple(args), dict(kwargs or {})))
     modes = read_modes(path)
     program = _with_modes(program, modes, str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -142,8 +143,19 @@ def test_example_inputs_that_do_not_fit(inputs: Any, text: str) -> None:
     refused(ConfigError, text, nn.GRU(3, 4), inputs)
 
 
-def test_an_example_of_no_sequences() -> None:
-    refused(InputError, "the sequence is empty", nn.GRU(3, 4), torch.ones(5, 0, 3))
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(nn.GRU(3, 4), (5, 0, 3)), (nn.Linear(3, 4), (0, 3)), (nn.Linear(3, 4), (2, 0, 3))],
+)
+def test_an_empty_example(model: nn.Module, shape: tuple[int, ...]) -> None:
+    text = rf"input of shape {re.escape(str(shape))} is empty.*Give an example in which no size"
+    refused(ConfigError, text, model, torch.ones(shape))
+
+
+def test_a_packed_example() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.ones(5, 3), torch.ones(2, 3)])
+    text = "a PackedSequence, whose layout depends on the lengths. Give forward the padded"
+    refused(ConfigError, text, nn.GRU(3, 4), (packed,))
 
 
 class KeepsState(nn.Module):

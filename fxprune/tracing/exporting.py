@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import traceback
 import warnings
@@ -44,7 +45,45 @@ def automatic_shapes(model: nn.Module, call: Call, fixed: Collection[tuple[int, 
             shapes[leaf] = tuple(
                 Dim.STATIC if (index, d) in fixed else Dim.AUTO for d in range(leaf.dim())
             )
-    return shapes.dynamic_shapes(model, *call)
+    with _named_keywords(model, call):
+        return shapes.dynamic_shapes(model, *call)
+
+
+@contextmanager
+def _named_keywords(model: nn.Module, call: Call) -> Iterator[None]:
+    """While active, forward names the arguments that its ``**kwargs`` take.
+
+    ``torch.export`` of torch 2.13 takes them once for a dictionary, and once for arguments.
+    """
+    signature = inspect.signature(model.forward)
+    parameters = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    extra = [name for name in call[1] if name not in parameters]
+    if not extra:
+        yield
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    original, before = model.forward, vars(model).get("forward")
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    vars(forward)["__signature__"] = signature.replace(parameters=[*parameters.values(), *named])
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(model)["forward"] = before
+        if before is None:
+            del vars(model)["forward"]
+
+
+def _flat_shapes(model: nn.Module, shapes: Any) -> Any:
+    """Dynamic shapes of ``**kwargs`` as those of arguments, as :func:`_named_keywords` has them."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    extra = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    if isinstance(shapes, dict) and isinstance(shapes.get(extra), dict):
+        return {**{n: s for n, s in shapes.items() if n != extra}, **shapes[extra]}
+    return shapes
 
 
 def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:
@@ -53,6 +92,7 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
     Raises:
         TraceError: the model cannot be exported; names the user's line and a remedy.
     """
+    shapes = _flat_shapes(model, dynamic_shapes)
     try:
         with (
             traced_layers(),  # first: one thread at a time, whatever else is changed here
@@ -67,10 +107,11 @@ def export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram
             warnings.catch_warnings(),
             _quiet(),
             _unwrapped_names(),
+            _named_keywords(model, call),
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(
-                model, call[0], call[1] or None, dynamic_shapes=dynamic_shapes, strict=False
+                model, call[0], call[1] or None, dynamic_shapes=shapes, strict=False
             )
     except FxpruneError:
         raise

@@ -137,9 +137,19 @@ def place_of(node: fx.Node) -> str:
     files = [i for i, line in enumerate(lines) if line.startswith("File ")]
     if not files:
         return ""
-    where = lines[files[-1]].replace('File "', "").replace('", line ', ":").split(",")[0]
-    code = lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ""
+    # The innermost line that is the user's, where there is one.
+    own = [i for i in files if "/torch/" not in lines[i] and not lines[i].startswith('File "<')]
+    found = (own or files)[-1]
+    where = lines[found].replace('File "', "").replace('", line ', ":").split(",")[0]
+    code = lines[found + 1] if found + 1 < len(lines) else ""
     return f", at {where} ({code})"
+
+
+def _place_near(node: fx.Node) -> str:
+    """Where a node, or else the next one of which that is known, comes from."""
+    while not place_of(node) and node.op != "output":
+        node = node.next
+    return place_of(node)
 
 
 def _shape(node: fx.Node) -> tuple[int | str, ...] | None:
@@ -166,12 +176,22 @@ def _get_attr(graph: fx.Graph, twins: dict[fx.Node, fx.Node], node: fx.Node, nam
 
 def _import_node(graph: fx.Graph, twins: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
     if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        if node.op == "get_attr":  # the part of the graph, which stands before what runs it
+            node = next(iter(node.users), node)
         raise UnsupportedOpError(
             f"the model uses {node.target}{place_of(node)}, which runs a part of the graph of its "
             "own. Write it without (a plain loop instead of a higher-order operation; no_grad "
             "around the call instead of inside forward).",
             node=node.name,
             target=str(node.target),
+        )
+    if getattr(node.target, "__module__", "").startswith("torch._functorch"):
+        raise UnsupportedOpError(
+            f"the model uses torch.vmap or another transform of torch.func{_place_near(node)}, "
+            "whose steps only torch can follow. Write it without (a batch dimension of your own "
+            "instead of vmap).",
+            node=node.name,
+            target=node.name,
         )
     twin = graph.node_copy(node, twins.__getitem__)
     twin.target = _FUNCTIONS.get(node.target, node.target)

@@ -151,6 +151,8 @@ def constant_parameters(model: nn.Module) -> Iterator[None]:
 class _Originals(TorchDispatchMode):
     """Copies the values of tensors just before an operation first writes to them."""
 
+    supports_higher_order_operators = True  # those write to nothing, and are refused later, by name
+
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sharing: dict[int, list[Tensor]] = {}
@@ -163,7 +165,8 @@ class _Originals(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
+        schema = getattr(func, "_schema", None)
+        for index, argument in enumerate(() if schema is None else schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[index] if index < len(args) else named.get(argument.name)
                 for tensor in value if isinstance(value, (list, tuple)) else [value]:

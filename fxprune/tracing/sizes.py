@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxprune.errors import ConfigError
 from fxprune.tracing import packing, recurrent
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "at_sizes",
     "candidate_sizes",
+    "check_example",
     "example_sizes",
     "length_inputs",
     "size_label",
@@ -30,6 +32,20 @@ __all__ = [
 ]
 
 _LENGTHS_ARGUMENT = {recurrent.lstm: 8, recurrent.gru: 6, recurrent.rnn: 6, packing.pad_packed: 1}
+
+
+def check_example(call: Call) -> None:
+    """Refuses an example of which no other sizes can be made.
+
+    Raises:
+        ConfigError: a tensor in it is empty.
+    """
+    for leaf in pytree.tree_leaves(call):
+        if isinstance(leaf, Tensor) and not leaf.numel():
+            raise ConfigError(
+                f"an example input of shape {tuple(leaf.shape)} is empty, and shows nothing of "
+                "what the model computes. Give an example in which no size is 0."
+            )
 
 
 def example_sizes(program: Program) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
@@ -19,7 +20,13 @@ from fxprune.tracing.importing import import_program
 from fxprune.tracing.isolation import constant_parameters, isolated
 from fxprune.tracing.layers import guarded_layers
 from fxprune.tracing.modes import LOST_SWITCH, Step, compare_modes, steps_of, switchable
-from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, squeezed_symbols
+from fxprune.tracing.sizes import (
+    at_sizes,
+    candidate_sizes,
+    check_example,
+    example_sizes,
+    squeezed_symbols,
+)
 from fxprune.trials import first_taken, other_values
 from fxprune.verify import compare_outputs, tolerance_of
 
@@ -63,6 +70,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
     """
     _refuse_unfit(model)
     call = own_call(example_inputs)
+    check_example(call)
     with isolated(model) as isolation:
         model.eval()
         with constant_parameters(model):
@@ -131,11 +139,20 @@ def own_call(example_inputs: Any) -> Call:
             f"example_inputs is {type(example_inputs).__name__}; give a tensor, a tuple of "
             "positional arguments, a dict of keyword arguments, or (tuple, dict)."
         )
+    if any(map(_is_packed, pytree.tree_leaves(call, is_leaf=_is_packed))):
+        raise ConfigError(
+            "example_inputs holds a PackedSequence, whose layout depends on the lengths. Give "
+            "forward the padded sequences and their lengths, and let it pack them."
+        )
     with torch.inference_mode(False):
         owned: Call = pytree.tree_map_only(
             Tensor, lambda t: t.detach().clone(memory_format=torch.contiguous_format), call
         )
     return owned
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _run(model: nn.Module, call: Call) -> Any:

@@ -74,3 +74,47 @@ def test_a_compact_program_is_exported_in_its_own_sizes() -> None:
     compact = fxprune.compile(Tagger(), HALF, example_inputs=frames(), progress=False)
     exported = export_program(compact.program)
     assert exported.state_dict["rnn.weight_hh_l0"].shape == (9, 3)
+
+
+class Keywords(nn.Module):
+    """Takes its inputs by any names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, *rest: Tensor, gain: Tensor | None = None, **frames: Tensor) -> Tensor:
+        """Adds all up."""
+        total = sum(rest, start=sum(frames.values(), start=torch.zeros(3)))
+        y: Tensor = self.linear(total)
+        return y if gain is None else y * gain
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        ({"left": frames(), "right": frames()}, ["left", "right"]),
+        (((frames(),), {"left": frames(), "gain": torch.ones(2)}), ["rest_0", "left", "gain"]),
+    ],
+)
+def test_keywords_of_any_name(call: Any, names: list[str]) -> None:
+    model = Keywords()
+    program = fxprune.trace(model, call)
+    assert [spec.name for spec in program.inputs] == names
+    assert program.inputs[0].shape is not None
+    assert [type(s) for s in program.inputs[0].shape] == [str, str, int]
+    x = frames(3, 4)
+    args, kwargs = call if isinstance(call, tuple) else ((), call)
+    args, kwargs = (x,) * len(args), {k: torch.ones(2) if k == "gain" else x for k in kwargs}
+    torch.testing.assert_close(program.module()(*args, **kwargs), model(*args, **kwargs))
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_dynamic_shapes_of_keywords_of_any_name(nested: bool) -> None:
+    shapes: Any = {"left": {0: Dim.AUTO}}
+    shapes = {"frames": shapes} if nested else shapes
+    program = fxprune.trace(Keywords(), {"left": frames()}, dynamic_shapes=shapes)
+    shape = program.inputs[0].shape
+    assert shape is not None
+    assert [type(s) for s in shape] == [str, int, int]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxprune
 from fxprune.errors import TraceError, UnsupportedOpError
 from fxprune.program import Kind, Program
 from fxprune.tracing import packing, recurrent
@@ -105,14 +106,48 @@ def test_a_changed_buffer_is_refused() -> None:
         imported(Model(), frames())
 
 
-def test_a_part_with_a_graph_of_its_own_is_refused() -> None:
-    class Model(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
-            return y
+class Branches(nn.Module):
+    """Runs one of two graphs."""
 
-    with pytest.raises(UnsupportedOpError, match="runs a part of the graph of its own") as caught:
-        imported(Model(), frames())
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds or subtracts."""
+        y: Tensor = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+        return y
+
+
+class Maps(nn.Module):
+    """Maps over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies a layer to every row."""
+        y: Tensor = torch.vmap(self.linear)(x)
+        return y
+
+
+class Derives(nn.Module):
+    """Computes a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Doubles."""
+        y: Tensor = torch.func.grad(lambda v: (v**2).sum())(x)
+        return y + torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (Branches(), r"uses cond, at \S*test_importing.py:.*runs a part of the graph of its own"),
+        (Maps(), r"uses torch.vmap or .* of torch.func, at \S*test_importing.py:.*torch.vmap"),
+        (Derives(), r"uses torch.vmap or another transform of torch.func, at \S*test_importing"),
+    ],
+)
+def test_operations_on_graphs_are_refused(model: nn.Module, text: str) -> None:
+    with pytest.raises(UnsupportedOpError, match=text) as caught:
+        fxprune.trace(model, frames())
     assert caught.value.target
 
 
