@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.walker import operation_name
@@ -20,6 +21,7 @@ __all__ = ["Boundary", "find_boundary", "outward_users"]
 
 _CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 _STATE_ARGUMENTS = {"lstm": (1, 2), "gru": (1,), "rnn": (1,), **dict.fromkeys(_CELLS, (1,))}
+_RECURRENT_WEIGHT = {"lstm": 4, "gru": 3, "rnn": 3, **dict.fromkeys(_CELLS, 3)}
 _THROUGH = (
     "select",
     "slice",
@@ -40,21 +42,23 @@ class Boundary:
 
     Attributes:
         inputs: placeholders that only start states, and the nodes between them and the layers.
-        outputs: results that only end states, each with the final states it is made of; those
-            between layer and output are in ``between``.
+        outputs: results that only end states.
+        final_states: the states they are made of, each once.
         between: nodes that only arrange final states for the output.
     """
 
     inputs: frozenset[fx.Node]
-    outputs: dict[fx.Node, tuple[fx.Node, ...]]
+    outputs: frozenset[fx.Node]
+    final_states: tuple[fx.Node, ...]
     between: frozenset[fx.Node]
 
 
 def find_boundary(program: Program) -> Boundary:
     """Finds the states at the boundary of a program."""
     inputs: set[fx.Node] = set()
-    outputs: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    outputs: dict[fx.Node, list[fx.Node]] = {}
     between: set[fx.Node] = set()
+    finals = _final_states(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
             chain = _starts_states(node)
@@ -64,10 +68,11 @@ def find_boundary(program: Program) -> Boundary:
                 if isinstance(result, fx.Node):
                     parts: list[fx.Node] = []
                     inner: set[fx.Node] = set()
-                    if _ends_states(result, node, parts, inner):
-                        outputs[result] = tuple(parts)
+                    if _ends_states(result, node, finals, parts, inner):
+                        outputs[result] = parts
                         between |= inner
-    return Boundary(frozenset(inputs), outputs, frozenset(between))
+    states = dict.fromkeys(part for parts in outputs.values() for part in parts)
+    return Boundary(frozenset(inputs), frozenset(outputs), tuple(states), frozenset(between))
 
 
 def _starts_states(node: fx.Node) -> set[fx.Node] | None:
@@ -92,13 +97,9 @@ def _starts_states(node: fx.Node) -> set[fx.Node] | None:
 
 
 def _only_state(user: fx.Node, node: fx.Node) -> bool:
-    states = [user.args[i] for i in _STATE_ARGUMENTS[operation_name(user)]]
-    flat = [s for group in states for s in (group if isinstance(group, (list, tuple)) else [group])]
-    others: list[Any] = []
-    for i, argument in enumerate(user.args):
-        if i not in _STATE_ARGUMENTS[operation_name(user)]:
-            others.append(argument)
-    return node in flat and node not in others
+    positions = _STATE_ARGUMENTS[operation_name(user)]
+    others = [argument for i, argument in enumerate(user.args) if i not in positions]
+    return node in _states_of(user) and node not in others
 
 
 def _keeps_last(user: fx.Node, last: int) -> bool:
@@ -114,9 +115,15 @@ def _keeps_last(user: fx.Node, last: int) -> bool:
     return True
 
 
-def _ends_states(node: fx.Node, user: fx.Node, parts: list[fx.Node], between: set[fx.Node]) -> bool:
+def _ends_states(
+    node: fx.Node,
+    user: fx.Node,
+    finals: set[fx.Node],
+    parts: list[fx.Node],
+    between: set[fx.Node],
+) -> bool:
     """Whether a value is final states only, arranged by nodes that nothing else uses."""
-    if _is_final_state(node):
+    if node in finals:
         parts.append(node)
         return True
     if node.op != "call_function" or operation_name(node) not in _AROUND:
@@ -129,25 +136,92 @@ def _ends_states(node: fx.Node, user: fx.Node, parts: list[fx.Node], between: se
             return False
     between.add(node)
     sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
-    return all(isinstance(s, fx.Node) and _ends_states(s, node, parts, between) for s in sources)
+    return all(
+        isinstance(s, fx.Node) and _ends_states(s, node, finals, parts, between) for s in sources
+    )
 
 
-def _is_final_state(node: fx.Node) -> bool:
-    if node.op != "call_function":
+def _final_states(graph: fx.Graph) -> set[fx.Node]:
+    """States that recurrent operations leave behind and that no later step goes on from.
+
+    What a loop carries from step to step is a feature like any other where it is returned. A later
+    step is one of the same weights that depends on the state, or one of others that starts with it.
+    """
+    bits: dict[Any, int] = {}  # a bit for each recurrent weight
+    later: dict[fx.Node, int] = {}  # the weights of the steps that depend on a value
+    starting: set[fx.Node] = set()  # values that some step starts with
+    finals: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        later[node] = 0
+        for user in filter(_reads_values, node.users):
+            weight = _recurrent_weight(user)
+            later[node] |= later[user]
+            if weight is not None:
+                later[node] |= bits.setdefault(weight, 1 << len(bits))
+                begins = node in _states_of(user)
+            else:
+                begins = user in starting and _carries(user)
+            if begins:
+                starting.add(node)
+        source = _step_that_leaves(node)
+        if source is not None and node not in starting:
+            weight = _recurrent_weight(source)
+            if not later[node] & bits.get(weight, 0):
+                finals.add(node)
+    return finals
+
+
+def _reads_values(user: fx.Node) -> bool:
+    """Whether an operation reads more than the shape of what it is given."""
+    if user.op != "call_function" or not isinstance(user.meta.get("val"), (Tensor, list, tuple)):
         return False
+    name = operation_name(user)
+    return not name.startswith("new_") and not name.endswith("_like")
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether a state is still one after an operation: moved, dropped out, activated."""
+    name = operation_name(node)
+    tags = getattr(node.target, "tags", ())
+    return name in (*_THROUGH, *_AROUND, "cat", "dropout") or torch.Tag.pointwise in tags
+
+
+def _recurrent_weight(node: fx.Node) -> Any:
+    """What a recurrent operation reads as its recurrent weight; None for other operations."""
+    position = _RECURRENT_WEIGHT.get(operation_name(node))
+    if position is None:
+        return None
+    weight: Any = node.args[position]
+    return weight.target if weight.op == "get_attr" else weight
+
+
+def _states_of(node: fx.Node) -> list[Any]:
+    """The initial states of a recurrent operation."""
+    states = [node.args[i] for i in _STATE_ARGUMENTS[operation_name(node)]]
+    return [s for group in states for s in (group if isinstance(group, (list, tuple)) else [group])]
+
+
+def _step_that_leaves(node: fx.Node) -> fx.Node | None:
+    """The recurrent operation that leaves a value behind as its state."""
+    if node.op != "call_function":
+        return None
     name = operation_name(node)
     if name in _CELLS:
-        return name != "lstm_cell"
-    if name != "getitem":
-        return False
+        return None if name == "lstm_cell" else node
     source = node.args[0]
-    assert isinstance(source, fx.Node)
+    if name != "getitem" or not isinstance(source, fx.Node):
+        return None
     name = operation_name(source)
-    return name == "lstm_cell" or (name in _STATE_ARGUMENTS and int(str(node.args[1])) > 0)
+    leaves = name == "lstm_cell" or (name in _STATE_ARGUMENTS and int(str(node.args[1])) > 0)
+    return source if leaves else None
 
 
 def outward_users(state: fx.Node) -> list[fx.Node]:
-    """The users of a final state that lead to the model's output and nowhere else."""
+    """The users of a final state that lead to the model's output and nowhere else.
+
+    Args:
+        state: in the graph that was analysed, so that nothing made since is among them.
+    """
 
     def leads_out(node: fx.Node) -> bool:
         if node.op == "output":
@@ -155,4 +229,4 @@ def outward_users(state: fx.Node) -> list[fx.Node]:
         arranges = node.op == "call_function" and operation_name(node) in _AROUND
         return arranges and bool(node.users) and all(leads_out(u) for u in node.users)
 
-    return [u for u in list(state.users) if leads_out(u)]
+    return [u for u in state.users if leads_out(u)]

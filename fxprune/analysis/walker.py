@@ -175,12 +175,13 @@ class Walker:
 
     def _output(self, node: fx.Node) -> None:
         results: Any = node.args[0]
+        for part in self.boundary.final_states if self.boundary else ():
+            for axis in self.labels[part]:
+                self.read(node, part, axis.ids, "state")
         for result in results:
             if self.boundary and result in self.boundary.outputs:
-                for part in self.boundary.outputs[result]:
-                    for axis in self.labels[part]:
-                        self.read(node, part, axis.ids, "state")
-            elif isinstance(result, fx.Node) and result not in self.shrunk:
+                continue
+            if isinstance(result, fx.Node) and result not in self.shrunk:
                 for axis in self.labels[result]:
                     self.read(node, result, axis.ids, "other")
                     self.ledger.freeze(axis.ids, OUTPUT)

@@ -113,8 +113,8 @@ class MaskInsertion:
         if reader.kind == "normalization":
             self._normalize(node, reader)
         elif reader.kind in ("reduction", "state"):
-            users = [node] if reader.kind == "reduction" else outward_users(operand)
-            for user in users:
+            out = outward_users(reader.operand) if reader.kind == "state" else [reader.node]
+            for user in (self.twins[u] for u in out):
                 user.replace_input_with(operand, self.multiply(user, operand, reader.neurons))
         else:
             raise DependencyError(

@@ -1,5 +1,6 @@
 """States without the layer's leading dimension, whose batch size the model also reads."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes import Magnitude
+from fxprune.tracing.states import leave_state
 
 
 class FlatStates(nn.Module):
@@ -38,3 +40,39 @@ def test_states_of_two_dimensions(states: Literal["keep", "shrink"], outside: in
     if states == "keep":
         for actual, expected in zip(result, compact.masked(x, h, c), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+class Returned(nn.Module):
+    """A layer whose final state is returned in several forms."""
+
+    def __init__(self, form: Callable[[Tensor], tuple[Tensor, ...]], layers: int) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(3, 8, layers, batch_first=True), nn.Linear(8, 2)
+        self.form = form
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, h = self.gru(x)
+        return self.head(y), *self.form(h)
+
+
+@pytest.mark.parametrize(
+    ("form", "layers"),
+    [
+        (lambda h: (h, h), 2),
+        (lambda h: (h, h[-1]), 1),
+        (lambda h: (h[-1], h[0], h), 2),
+    ],
+    ids=["twice", "slice", "slices"],
+)
+def test_a_state_is_returned_in_several_forms(
+    form: Callable[[Tensor], tuple[Tensor, ...]], layers: int
+) -> None:
+    x = torch.randn(2, 5, 3)
+    model = Returned(form, layers)
+    compact = fxprune.compile(model, Magnitude(0.5), example_inputs=x, progress=False)
+    assert compact.module.get_parameter("gru.weight_hh_l0").shape == (12, 4)
+    x = torch.randn(3, 7, 3)
+    for actual, expected in zip(compact.module(x), compact.masked(x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    leaving = [n for n in compact.program.graph.nodes if n.target is leave_state]
+    assert len(leaving) == layers
