@@ -190,6 +190,7 @@ def _blocks(walker: Walker, number: _Numbering) -> tuple[Block, ...]:
                 weights=weights,
                 operand=use.operand,
                 consumer=use.consumer,
+                place=use.place,
                 sources=number(use.sources),
                 destinations=number(use.destinations),
                 shape=walker.shape(use.operand),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.analysis.rules_recurrent import INPUT_WEIGHT
 from fxprune.analysis.walker import operation_name
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ __all__ = ["Boundary", "find_boundary", "outward_users"]
 
 _CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 _STATE_ARGUMENTS = {"lstm": (1, 2), "gru": (1,), "rnn": (1,), **dict.fromkeys(_CELLS, (1,))}
-_RECURRENT_WEIGHT = {"lstm": 4, "gru": 3, "rnn": 3, **dict.fromkeys(_CELLS, 3)}
 _THROUGH = (
     "select",
     "slice",
@@ -188,10 +188,10 @@ def _carries(node: fx.Node) -> bool:
 
 def _recurrent_weight(node: fx.Node) -> Any:
     """What a recurrent operation reads as its recurrent weight; None for other operations."""
-    position = _RECURRENT_WEIGHT.get(operation_name(node))
+    position = INPUT_WEIGHT.get(operation_name(node))
     if position is None:
         return None
-    weight: Any = node.args[position]
+    weight: Any = node.args[position + 1]
     return weight.target if weight.op == "get_attr" else weight
 
 

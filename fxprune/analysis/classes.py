@@ -19,7 +19,9 @@ import torch
 from torch import fx
 
 from fxprune.analysis.neurons import Block, ConnectionClass, Group, Neurons
+from fxprune.analysis.places import Place
 from fxprune.analysis.rules_moving import RULES as MOVING
+from fxprune.analysis.rules_recurrent import INPUT_WEIGHT
 from fxprune.analysis.walker import operation_name
 
 if TYPE_CHECKING:
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LAYERS", "classify", "distinct"]
 
+_Role = tuple[tuple[str, ...], str, Place]
+
 _ORDER = [ConnectionClass.FEEDFORWARD, ConnectionClass.INPUT, ConnectionClass.RECURRENT]
-LAYERS = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+LAYERS = tuple(INPUT_WEIGHT)
 """Operations with fixed roles for their weights."""
 
 
@@ -88,12 +92,9 @@ def distinct(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
     return tuple(first.values())
 
 
-_Role = tuple[tuple[str, ...], str]
-
-
 def _role(block: Block) -> _Role:
     """A weight in one kind of use; a tied embedding and decoder are two."""
-    return block.weights, operation_name(block.consumer)
+    return block.weights, operation_name(block.consumer), block.place
 
 
 def _uses_by_role(blocks: tuple[Block, ...]) -> dict[_Role, list[Block]]:
@@ -105,19 +106,13 @@ def _uses_by_role(blocks: tuple[Block, ...]) -> dict[_Role, list[Block]]:
 
 def _class_of(block: Block, loop: set[fx.Node], leading: set[fx.Node]) -> ConnectionClass:
     if operation_name(block.consumer) in LAYERS:
-        leaf = _layer_argument(block)
-        return ConnectionClass.INPUT if leaf == "ih" else ConnectionClass.RECURRENT
+        reads_input = block.place == (INPUT_WEIGHT[operation_name(block.consumer)],)
+        return ConnectionClass.INPUT if reads_input else ConnectionClass.RECURRENT
     if block.consumer in loop:
         return ConnectionClass.RECURRENT
     if block.consumer in leading:
         return ConnectionClass.INPUT
     return ConnectionClass.FEEDFORWARD
-
-
-def _layer_argument(block: Block) -> str:
-    position = list(block.consumer.args).index(block.operand)
-    first = {"lstm": 3, "lstm_cell": 2}.get(operation_name(block.consumer), 2)
-    return "ih" if position == first else "hh"
 
 
 def _between(uses: list[Block]) -> set[fx.Node]:

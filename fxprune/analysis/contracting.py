@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.analysis.places import argument_at
 from fxprune.analysis.walker import Use
 
 if TYPE_CHECKING:
+    from fxprune.analysis.places import Place
     from fxprune.analysis.walker import Walker
 
 __all__ = ["NOBODY", "connect", "is_weight", "join_parts", "meet", "weight_axis"]
@@ -19,13 +21,16 @@ NOBODY = torch.tensor(-1)
 
 
 def connect(
-    w: Walker, node: fx.Node, operand: Any, sources: Tensor | None, destinations: Tensor
+    w: Walker, node: fx.Node, place: Place, sources: Tensor | None, destinations: Tensor
 ) -> None:
     """Notes the use of a weight; ``sources`` and ``destinations`` broadcast to the operand."""
-    if not w.roots(operand):  # computed from other tensors: its rows and columns stay
-        return
-    none = NOBODY.reshape((1,) * destinations.dim())
-    w.uses.append(Use(operand, node, none if sources is None else sources, destinations))
+    operand = argument_at(node.args, place)
+    if sources is None:
+        sources = NOBODY.reshape((1,) * destinations.dim())
+    if w.roots(operand):
+        w.uses.append(Use(operand, node, place, sources, destinations))
+    else:  # computed from other tensors: a value that is read
+        w.read(node, operand, sources, "reduction")
 
 
 def is_weight(w: Walker, node: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fxprune.analysis.places import Place
     from fxprune.program import Refusal
 
 __all__ = ["INPUT", "OUTPUT", "Block", "ConnectionClass", "Entry", "Group", "Neurons", "Reader"]
@@ -79,6 +80,7 @@ class Block:
         weights: names of the tensors that the weight is: one, or several put together.
         operand: the node that the operation reads, the weight itself or a rearrangement of it.
         consumer: the operation.
+        place: where the operand stands among the operation's arguments.
         sources: neuron at the far end of each connection, broadcastable to the operand; all
             ``-1`` where connections come from no neuron (an embedding's rows).
         destinations: neuron at the near end, broadcastable to the operand.
@@ -92,6 +94,7 @@ class Block:
     weights: tuple[str, ...]
     operand: fx.Node
     consumer: fx.Node
+    place: Place
     sources: Tensor
     destinations: Tensor
     shape: tuple[int, ...]

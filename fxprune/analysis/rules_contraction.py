@@ -22,18 +22,18 @@ __all__ = ["RULES"]
 
 def linear(w: Walker, node: fx.Node) -> Label:
     """``x [..., in]`` with ``weight [out, in]`` and ``bias [out]``."""
-    x, weight, bias = (*node.args, None)[:3]
-    return _product(w, node, x, weight, 1, 0, bias)
+    x, _, bias = (*node.args, None)[:3]
+    return _product(w, node, x, 1, 1, bias)
 
 
 def _product(
-    w: Walker, node: fx.Node, x: Any, weight: Any, inner: int, outer: int, bias: Any = None
+    w: Walker, node: fx.Node, x: Any, position: int, inner: int, bias: Any = None
 ) -> Label:
     """Contracts the last dimension of ``x`` with dimension ``inner`` of a weight matrix."""
-    rank = len(w.shape(x))
+    rank, weight, outer = len(w.shape(x)), node.args[position], 1 - inner
     rows, columns = weight_axis(w, weight, outer), weight_axis(w, weight, inner)
     meet(w, x, rank - 1, columns)
-    connect(w, node, weight, columns.unsqueeze(outer), rows.unsqueeze(inner))
+    connect(w, node, (position,), columns.unsqueeze(outer), rows.unsqueeze(inner))
     if isinstance(bias, fx.Node):
         for axis in w.axes_at(bias, len(w.shape(bias)) - 1):
             w.ledger.unify(axis.ids.reshape(-1), rows.reshape(-1))
@@ -47,7 +47,7 @@ def matmul(w: Walker, node: fx.Node) -> Label:
     """``matmul``, ``mm``, ``bmm``, ``mv``: a weight on either side, or two computed values."""
     a, b = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     if is_weight(w, b) and len(w.shape(b)) == 2:
-        return _product(w, node, a, b, 0, 1)
+        return _product(w, node, a, 1, 0)
     if is_weight(w, b) and len(w.shape(b)) == 1:
         return _scores(w, node, a, b)
     if is_weight(w, a) and len(w.shape(a)) == 2 and len(w.shape(b)) <= 2:
@@ -59,7 +59,7 @@ def addmm(w: Walker, node: fx.Node) -> Label:
     """``bias + a @ b``."""
     bias, a, b = node.args[0], node.args[1], node.args[2]
     if is_weight(w, b):
-        return _product(w, node, a, b, 0, 1, bias)
+        return _product(w, node, a, 2, 0, bias)
     w.freeze_inputs(node, "addmm of two computed values")
     return ()
 
@@ -70,7 +70,7 @@ def _scores(w: Walker, node: fx.Node, x: Any, vector: Any) -> Label:
     columns, single = weight_axis(w, vector, 0), w.ledger.fresh(1)
     w.ledger.freeze(single, "the only one of its dimension")
     meet(w, x, last, columns)
-    connect(w, node, vector, columns, single)
+    connect(w, node, (1,), columns, single)
     carried = [a for a in w.label(x) if last not in a.dims and a.ids.numel() > 1]
     return tuple(a.at(a.ids.squeeze(last)) for a in carried)
 
@@ -79,7 +79,7 @@ def _left_product(w: Walker, node: fx.Node, weight: Any, x: Any) -> Label:
     """``weight [out, in] @ x [in, ...]``."""
     rows, columns = weight_axis(w, weight, 0), weight_axis(w, weight, 1)
     meet(w, x, 0, columns)
-    connect(w, node, weight, columns.reshape(1, -1), rows.reshape(-1, 1))
+    connect(w, node, (0,), columns.reshape(1, -1), rows.reshape(-1, 1))
     rank = len(w.shape(node))
     carried = [a for a in w.label(x) if 0 not in a.dims and a.ids.numel() > 1]
     return (Axis(rows.reshape((-1,) + (1,) * (rank - 1))), *carried)
@@ -157,7 +157,7 @@ def embedding(w: Walker, node: fx.Node) -> Label:
     for axis in rows:
         w.ledger.freeze(axis.ids, "rows of an embedding")
     columns = weight_axis(w, table, 1)
-    connect(w, node, table, None, columns.reshape(1, -1))
+    connect(w, node, (0,), None, columns.reshape(1, -1))
     rank = len(w.shape(node))
     return (Axis(columns.reshape((1,) * (rank - 1) + (-1,))),)
 

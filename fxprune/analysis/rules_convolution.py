@@ -52,7 +52,7 @@ def _dense_convolution(
     connect(
         w,
         node,
-        weight,
+        (1,),
         columns.reshape([-1 if d == inner else 1 for d in range(rank)]),
         rows.reshape([-1 if d == outer else 1 for d in range(rank)]),
     )
@@ -103,7 +103,7 @@ def _grouped_convolution(
             for axis in w.label(weight):
                 if axis.role == dim and size[dim] == 1 and ids.numel() == 1 and per_in > 1:
                     w.ledger.unify(axis.ids.reshape(-1), ids)
-    connect(w, node, weight, far, near)
+    connect(w, node, (1,), far, near)
     return rows
 
 

@@ -123,7 +123,7 @@ def _use(w: Walker, product: _Product, position: int) -> None:
     elif not rows:
         destinations = w.ledger.fresh(*[1] * len(term))
         w.ledger.freeze(destinations, "the only one of its dimension")
-    connect(w, product.node, operand, sources[0].ids if sources else None, destinations)
+    connect(w, product.node, (1, position), sources[0].ids if sources else None, destinations)
 
 
 def _result(w: Walker, product: _Product) -> Label:
@@ -153,7 +153,7 @@ def bilinear(w: Walker, node: fx.Node) -> Label:
     meet(w, a, last, first)
     meet(w, b, last, second)
     w.read(node, b, second, "reduction")
-    connect(w, node, weight, first.reshape(1, -1, 1), rows.reshape(-1, 1, 1))
+    connect(w, node, (2,), first.reshape(1, -1, 1), rows.reshape(-1, 1, 1))
     if isinstance(bias, fx.Node):
         for axis in w.axes_at(bias, 0):
             w.ledger.unify(axis.ids.reshape(-1), rows)

@@ -18,10 +18,15 @@ from fxprune.analysis.walker import operation_name
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
 
-__all__ = ["RULES", "STATE_ARGUMENTS"]
+__all__ = ["INPUT_WEIGHT", "RULES", "STATE_ARGUMENTS"]
 
 STATE_ARGUMENTS = {"lstm": (1, 2), "gru": (1,), "rnn": (1,)}
 """Positions of the initial states of each recurrent operation."""
+
+_CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+
+INPUT_WEIGHT = {"lstm": 3, "gru": 2, "rnn": 2, **dict.fromkeys(_CELLS, 2)}
+"""Position of the input weight of each recurrent layer and cell; the recurrent one is next."""
 
 
 def lstm(w: Walker, node: fx.Node) -> list[Label]:
@@ -32,7 +37,7 @@ def lstm(w: Walker, node: fx.Node) -> list[Label]:
     if w_hr is not None:
         outputs, columns = weight_axis(w, w_hr, 0), weight_axis(w, w_hr, 1)
         w.ledger.unify(columns, units)
-        connect(w, node, w_hr, columns.reshape(1, -1), outputs.reshape(-1, 1))
+        connect(w, node, (7,), columns.reshape(1, -1), outputs.reshape(-1, 1))
     _recur(w, node, w_hh, units, outputs, 4)
     _state(w, node, h_0, outputs)
     _state(w, node, c_0, units)
@@ -75,7 +80,9 @@ def _units(w: Walker, node: fx.Node, x: Any, w_ih: Any, b_ih: Any, b_hh: Any, ga
         if isinstance(bias, fx.Node):
             for axis in w.label(bias):
                 w.ledger.unify(axis.ids.reshape(gates, -1), units.unsqueeze(0))
-    connect(w, node, w_ih, columns.reshape(1, -1), rows.reshape(-1, 1))
+    connect(
+        w, node, (INPUT_WEIGHT[operation_name(node)],), columns.reshape(1, -1), rows.reshape(-1, 1)
+    )
     return units
 
 
@@ -89,7 +96,13 @@ def _recur(w: Walker, node: fx.Node, w_hh: Any, units: Tensor, outputs: Tensor, 
     rows, columns = weight_axis(w, w_hh, 0), weight_axis(w, w_hh, 1)
     w.ledger.unify(rows.reshape(gates, -1), units.unsqueeze(0))
     w.ledger.unify(columns, outputs)
-    connect(w, node, w_hh, columns.reshape(1, -1), rows.reshape(-1, 1))
+    connect(
+        w,
+        node,
+        (INPUT_WEIGHT[operation_name(node)] + 1,),
+        columns.reshape(1, -1),
+        rows.reshape(-1, 1),
+    )
 
 
 def _state(w: Walker, node: fx.Node, state: Any, neurons: Tensor) -> None:
@@ -109,5 +122,5 @@ RULES: dict[str, Any] = {
     "lstm": lstm,
     "gru": gated,
     "rnn": gated,
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), cell),
+    **dict.fromkeys(_CELLS, cell),
 }

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxprune.analysis.labels import Axis, Ledger
 from fxprune.analysis.neurons import INPUT, OUTPUT
+from fxprune.analysis.places import Place
 from fxprune.program import Refusal
 from fxprune.tracing import packing
 from fxprune.tracing.importing import place_of
@@ -37,6 +38,7 @@ class Use:
 
     operand: fx.Node
     consumer: fx.Node
+    place: Place
     sources: Tensor
     destinations: Tensor
 

@@ -26,6 +26,7 @@ from fxprune.program import Kind
 
 if TYPE_CHECKING:
     from fxprune.analysis.neurons import Block, Neurons
+    from fxprune.analysis.places import Place
     from fxprune.program import Program
 
 __all__ = [
@@ -98,7 +99,7 @@ def insert_gates(
     if gated is not None:
         insertion.add_gates(gated, scaled_blocks(program, neurons))
     if rows:
-        insertion.rows = frozenset((b.consumer, b.operand) for b in _row_blocks(program, neurons))
+        insertion.rows = frozenset((b.consumer, b.place) for b in _row_blocks(program, neurons))
     for name in masked:
         insertion.call_after(insertion.weight_node(name), mask_module_name(name))
     inserted = insertion.run(neurons)
@@ -226,8 +227,8 @@ class _GateInsertion(MaskInsertion):
     """One run over one copy of the graph, with gates where there would be constants."""
 
     gated: Tensor | None = None
-    scaled: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
-    rows: frozenset[tuple[fx.Node, fx.Node]] = frozenset()
+    scaled: frozenset[tuple[fx.Node, Place]] = frozenset()
+    rows: frozenset[tuple[fx.Node, Place]] = frozenset()
     straight_through: bool = False
     values: Mapping[fx.Node, tuple[Tensor, ...]] = field(default_factory=dict)
     scale: fx.Node | None = None
@@ -237,7 +238,7 @@ class _GateInsertion(MaskInsertion):
     def add_gates(self, gated: Tensor, blocks: tuple[Block, ...]) -> None:
         """Calls the gate module ahead of everything else."""
         self.gated = gated
-        self.scaled = frozenset((b.consumer, b.operand) for b in blocks)
+        self.scaled = frozenset((b.consumer, b.place) for b in blocks)
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
             both = self.graph.create_node("call_module", GATES)
@@ -267,7 +268,7 @@ class _GateInsertion(MaskInsertion):
                 value: Any = consumer.args[0]
                 consumer.update_arg(0, self.multiply(consumer, value, ids))
             return
-        whole, use = self.whole, (block.consumer, block.operand)
+        whole, use = self.whole, (block.consumer, block.place)
         if use in self.scaled:
             self.whole = self.scale
         super().gate_block(block)
@@ -283,9 +284,8 @@ class _GateInsertion(MaskInsertion):
         """
         if not self.values:
             return ()
-        args, value = block.consumer.args, block.consumer.args[0]
-        weights = [i for i, arg in enumerate(args) if arg is block.operand]
-        if weights != [_WEIGHTS.get(operation_name(block.consumer))] or value is block.operand:
+        value, position = block.consumer.args[0], _WEIGHTS.get(operation_name(block.consumer))
+        if block.place != (position,) or value is block.operand:
             return ()
         axes = self.values.get(value, ()) if isinstance(value, fx.Node) else ()
         axes = tuple(torch.where(torch.isin(a, block.sources), a, -1) for a in axes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.boundary import outward_users
+from fxprune.analysis.places import argument_at, with_argument
 from fxprune.analysis.walker import operation_name
 from fxprune.errors import DependencyError
 from fxprune.masking.masks import Masks
@@ -97,16 +98,10 @@ class MaskInsertion:
 
     def gate_block(self, block: Block) -> None:
         if self.touches(block.sources):
-            consumer, args = self.twins[block.consumer], list(block.consumer.args)
-            if block.operand in args:
-                position = args.index(block.operand)
-                operand: Any = consumer.args[position]
-                consumer.update_arg(position, self.multiply(consumer, operand, block.sources))
-            else:  # in a list: einsum
-                position = block.consumer.all_input_nodes.index(block.operand)
-                operand = consumer.all_input_nodes[position]
-                gated = self.multiply(consumer, operand, block.sources)
-                consumer.replace_input_with(operand, gated)
+            consumer = self.twins[block.consumer]
+            operand = argument_at(consumer.args, block.place)
+            gated = self.multiply(consumer, operand, block.sources)
+            consumer.args = with_argument(consumer.args, block.place, gated)
 
     def _gate_reader(self, reader: Reader) -> None:
         node, operand = self.twins[reader.node], self.twins[reader.operand]

@@ -44,6 +44,9 @@ _MOVING = frozenset(
 _BIASED = {"linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "lstm": 5, "gru": 4, "rnn": 4}
 """Position of the bias that adds to what a weight block contributes."""
 
+_STATE_WEIGHTS = {"lstm": ((4,), (7,)), "gru": ((3,),), "rnn": ((3,),)}
+"""Places of the weights that act on the state, not on the input."""
+
 _UNKNOWN = float("nan")
 
 
@@ -187,16 +190,10 @@ def _silent_units(
 def _read_values(block: Block) -> list[fx.Node]:
     """The values that a block's consumer contracts with the weight, all of the same neurons."""
     consumer = block.consumer
-    if block.operand in _state_weights(consumer):  # the layer's own, which is constant if it is 0
-        return list(consumer.users)
+    if block.place in _STATE_WEIGHTS.get(operation_name(consumer), ()):
+        return list(consumer.users)  # the layer's own, which is constant if it is 0
     value: Any = consumer.args[0]
-    return [] if value is block.operand else [value]  # an embedding reads none
-
-
-def _state_weights(layer: fx.Node) -> tuple[Any, ...]:
-    """Weights that act on the state, not on the input."""
-    position = {"lstm": (4, 7), "gru": (3,), "rnn": (3,)}.get(operation_name(layer), ())
-    return tuple(layer.args[i] for i in position if i < len(layer.args))
+    return [] if block.place == (0,) else [value]  # an embedding reads none
 
 
 def _bias_of(block: Block) -> fx.Node | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fxprune.analysis import analyze
 from fxprune.masking.insertion import insert_masks
 from fxprune.masking.masks import Masks
 from fxprune.program import Kind, Program
+from tests.analysis.sandwich import Sandwich, check_exact
 from tests.small import Tagger, frames
 
 
@@ -112,6 +115,90 @@ def test_normalizations_leave_cut_neurons_out(norm: nn.Module) -> None:
     assert isinstance(head, nn.Linear)
     expected = nn.functional.linear(small(hidden), head.weight[:, left], head.bias)
     torch.testing.assert_close(module(frames()), expected, rtol=1e-5, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """One weight in two places of one operation, between two layers."""
+
+    def __init__(self, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.operation(self.stem(x), self.weight))
+        return y
+
+
+def tied(layer: nn.Module, *names: str) -> nn.Module:
+    """A layer between two others, whose weights are one."""
+    for name in names:
+        setattr(layer, f"weight_hh{name}", getattr(layer, f"weight_ih{name}"))
+    return Sandwich(FirstOf(layer))
+
+
+class FirstOf(nn.Module):
+    """A recurrent layer's outputs, or a cell's after two steps."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.RNNBase):
+            result: Any = self.layer(x)
+        else:
+            result = self.layer(x[:, 1], self.layer(x[:, 0]))
+        y: Tensor = result[0] if isinstance(result, tuple) else result
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "classes"),
+    [
+        (tied(nn.LSTM(8, 8), "_l0"), {"input", "recurrent"}),
+        (tied(nn.GRUCell(8, 8), ""), {"input", "recurrent"}),
+        (tied(nn.LSTMCell(8, 8), ""), {"input", "recurrent"}),
+        (Twice(lambda h, w: h @ (w @ w)), {"feedforward"}),
+        (Twice(lambda h, w: h @ torch.einsum("ij,jk->ik", w, w)), {"feedforward"}),
+    ],
+    ids=["lstm", "gru-cell", "lstm-cell", "matmul", "einsum"],
+)
+def test_one_tensor_in_two_places_is_gated_where_it_is_meant(
+    model: nn.Module, classes: set[str]
+) -> None:
+    compact = check_exact(model)
+    assert compact.report.parameters_after < compact.report.parameters_before
+    ends = {"stem.weight", "head.weight"}
+    found = [b for b in compact.report.counts.blocks if b.name not in ends]
+    assert {b.connection_class.value for b in found} == classes
+    assert len(found) == len(classes)
+
+
+class LowRank(nn.Module):
+    """A linear map whose weight is a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 6), nn.Linear(5, 2)
+        self.down, self.up = (nn.Parameter(torch.randn(n)) for n in ((6, 2), (2, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.stem(x) @ (self.down @ self.up))
+        return y
+
+
+def test_a_weight_that_is_computed_is_gated_as_a_value() -> None:
+    model = LowRank().double()
+    x = frames(2, 4).double()
+    program = fxprune.trace(model, x)
+    cut = analyze(program).group("stem").neurons[[1, 4]]
+    keep = torch.ones(6, 1, dtype=torch.float64)
+    keep[[1, 4]] = 0
+    expected = model.head(model.stem(x) @ (keep * model.down @ model.up))
+    torch.testing.assert_close(masked(program, Masks().cut_neurons(cut))(x), expected)
+    assert check_exact(LowRank()).module.get_parameter("down").shape[0] < 6
 
 
 def test_einsum_weights_are_gated() -> None:
