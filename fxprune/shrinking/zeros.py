@@ -81,7 +81,9 @@ class _Zeros:
         if name in ZERO_TO_ZERO:
             return x in self.found
         if name == "batch_norm":
-            return x in self.found and all(self._all_zero(t) for t in tensors[:2])
+            gain, offset = tensors[:2]
+            silenced = gain is not None and self._all_zero(gain)  # without a gain it is 1
+            return x in self.found and silenced and self._all_zero(offset)
         if name in ("linear", "conv1d", "conv2d", "conv3d"):
             return self._is_silent(tensors[0]) and self._all_zero([*tensors, None][1])
         if name in STATE_ARGUMENTS:
@@ -96,7 +98,7 @@ class _Zeros:
         return isinstance(node, fx.Node) and node.op == "get_attr" and node.target in self.silent
 
     def _all_zero(self, node: Any) -> bool:
-        """Whether a vector, a bias or a gain, is absent or zero."""
+        """Whether a bias is absent or zero."""
         if node is None:
             return True
         if not isinstance(node, fx.Node) or node.op != "get_attr":

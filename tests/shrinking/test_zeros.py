@@ -101,6 +101,17 @@ def test_a_bias_is_something(case: str) -> None:
     assert parameters(compact) > {"head.weight", "head.bias"}
 
 
+def test_without_a_gain_a_batch_norm_moves_zero() -> None:
+    norm = nn.BatchNorm1d(4, affine=False)
+    norm.get_buffer("running_mean").fill_(0.7)
+    model = Residual(nn.Sequential(nn.Linear(4, 4, bias=False), norm)).eval()
+    x = torch.randn(2, 4)
+    compact = masked(model, x, ("branch.0.weight",))
+    moved = x - 0.7 / (1 + norm.eps) ** 0.5
+    expected = model.head(torch.relu(moved))
+    torch.testing.assert_close(compact.module(x), expected, rtol=0, atol=1e-6)
+
+
 def test_weights_that_are_zero_without_a_mask_stay() -> None:
     model = silenced(Residual(linear()))
     with torch.no_grad():
