@@ -57,7 +57,8 @@ def compile(
         progress: show progress on a terminal.
 
     Returns:
-        The compact module with its masked twin and a report.
+        The compact module with its masked twin and a report. The twin is a view of the model's own
+        tensors, as a copy would double the memory: training the model changes it.
 
     Raises:
         ConfigError: an argument or option is wrong.

@@ -71,7 +71,9 @@ class Prepared:
         outcome, neurons = self._outcome, self._facts[NeuronAnalysis]
         if self._learning is None:
             trained = with_weights_of(outcome.program, self.module)
-            return finish(outcome._replace(program=trained), neurons, self._policy, None)
+            # Training may go on, and the masked twin is a view of what it is made of.
+            whole = outcome._replace(program=owned(trained))
+            return finish(whole, neurons, self._policy, None)
         hardened = self._learning.harden()
         require_agreement(hardened)
         facts = Facts(hardened, self._facts.context, {NeuronAnalysis: neurons})

@@ -48,6 +48,16 @@ def train(prepared: fxprune.Prepared, steps: int) -> None:
         prepared.step()
 
 
+def test_what_was_converted_does_not_train_on() -> None:
+    prepared = fxprune.prepare(Tagger(), Magnitude(0.5), example_inputs=EXAMPLE)
+    compact = prepared.convert()
+    before = compact.masked(BATCHES[0])
+    train(prepared, 1)
+    assert not torch.equal(prepared.module(BATCHES[0]), before)
+    assert torch.equal(compact.masked(BATCHES[0]), before)
+    torch.testing.assert_close(compact.module(BATCHES[0]), before)
+
+
 def test_passes_before_apply_now_and_those_after_at_the_end() -> None:
     model = Tagger()
     policy = [
