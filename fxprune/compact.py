@@ -160,7 +160,7 @@ def _without_dead(program: Program, neurons: Neurons) -> Program:
     if program.states == "keep":
         return program
     alive = alive_neurons(neurons, fold_constants(program, neurons).masks)
-    kept = kept_neurons(neurons, alive)
+    kept = kept_neurons(neurons, alive, program.masks)
     if torch.equal(kept, alive):
         return program
     return replace(program, masks=program.masks.cut_neurons((~kept).nonzero().flatten()))

@@ -33,7 +33,7 @@ def compact_program(program: Program, neurons: Neurons) -> Shrunk:
     """
     program = fold_constants(program, neurons)
     alive = alive_neurons(neurons, program.masks)
-    small = shrink(program, neurons, kept_neurons(neurons, alive))
+    small = shrink(program, neurons, kept_neurons(neurons, alive, program.masks))
     masks = small.program.masks
     with torch.no_grad():
         for name, keep in masks.connections.items():

@@ -72,15 +72,19 @@ class _Connections:
         alive[read] |= ~cut[read]
 
 
-def kept_neurons(neurons: Neurons, alive: Tensor) -> Tensor:
-    """Living neurons, and one dead one wherever a tensor dimension would be left without any."""
+def kept_neurons(neurons: Neurons, alive: Tensor, masks: Masks) -> Tensor:
+    """Living neurons, and one dead one wherever a tensor dimension would be left without any.
+
+    One that is cut would bring its gate along, so another goes first.
+    """
+    cut = torch.isin(torch.arange(neurons.count), masks.neurons).numpy()
     kept = np.append(alive.numpy(), True)  # where -1 is, something is
     labels = (*neurons.labels.values(), *neurons.owned.values())
     arrays = {id(ids): ids for label in labels for ids in _arrays(label)}
     for ids in arrays.values():
         present = ids.numpy().ravel()
         if not kept[present].any():
-            kept[present[0]] = True
+            kept[present[cut[present].argmin()]] = True
     return torch.from_numpy(kept[:-1].copy())
 
 

@@ -91,5 +91,12 @@ def test_masks_follow_a_rearranged_weight(net: Neurons) -> None:
 
 def test_a_dimension_keeps_one_neuron(net: Neurons) -> None:
     masks = Masks().cut_neurons(torch.cat([net.groups[1].neurons, net.groups[2].neurons]))
-    kept = kept_neurons(net, alive_neurons(net, masks))
+    kept = kept_neurons(net, alive_neurons(net, masks), masks)
     assert [int(kept[g.neurons].sum()) for g in net.groups] == [2, 1, 1, 2]
+
+
+def test_the_one_kept_is_not_cut_if_another_is_there(net: Neurons) -> None:
+    middle = net.groups[1].neurons
+    masks = without("two.weight", (3, 4), (slice(None), slice(None))).cut_neurons(middle[[0, 2]])
+    kept = kept_neurons(net, alive_neurons(net, masks), masks)
+    assert kept[middle].tolist() == [False, True, False, False]

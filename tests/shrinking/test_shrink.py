@@ -65,7 +65,7 @@ def test_the_original_is_left_as_it_was(program: Program) -> None:
 
 def test_nothing_to_remove_copies_everything(program: Program) -> None:
     neurons = analyze(program)
-    kept = kept_neurons(neurons, alive_neurons(neurons, Masks()))
+    kept = kept_neurons(neurons, alive_neurons(neurons, Masks()), Masks())
     small = shrink(program, neurons, kept).program
     assert {n: t.shape for n, t in small.tensors.items()} == {
         n: t.shape for n, t in program.tensors.items()
