@@ -7,6 +7,7 @@ batch norm; :meth:`Program.module` turns it into a module that trains, evaluates
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import FunctionType
@@ -22,9 +23,9 @@ from fxprune.masking.masks import Masks
 from fxprune.switching import insert_refusal, make_switchable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
-__all__ = ["InputSpec", "Kind", "Program", "Refusal", "check_input"]
+__all__ = ["InputSpec", "Kind", "Program", "Refusal", "check_input", "free_name"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of the model."""
@@ -153,6 +154,17 @@ class Program:
             if _has(module, name):
                 _attach(module, alias, module.get_parameter(name))
         return module.eval()
+
+
+def free_name(stem: str, taken: Collection[str]) -> str:
+    """A name for a tensor that is added to a program: ``_stem_8``, or the next that is free.
+
+    Example:
+        >>> free_name("mask", {"weight": 0, "_mask_2": 1})
+        '_mask_3'
+    """
+    names = (f"_{stem}_{number}" for number in itertools.count(len(taken)))
+    return next(name for name in names if name not in taken)
 
 
 def check_input(x: Tensor, name: str, shape: tuple[int | None, ...]) -> Tensor:

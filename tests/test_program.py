@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import InputError
-from fxprune.program import Kind, check_constant, check_input
+from fxprune.program import Kind, check_constant, check_input, free_name
 from fxprune.tracing import recurrent
 from tests.small import Tagger, TiedModel, frames
 
@@ -88,6 +88,11 @@ def test_a_program_with_another_graph_takes_the_tensors_that_it_reads() -> None:
     assert result.graph is graph
     assert set(result.tensors) == {*program.tensors, "used"}
     assert set(program.tensors) == set(dict(Tagger().named_parameters()))
+
+
+def test_names_of_added_tensors_are_free() -> None:
+    assert free_name("gate", {"weight", "bias"}) == "_gate_2"
+    assert free_name("gate", {"weight", "_gate_2"}) == "_gate_3"
 
 
 def test_buffers_stay_buffers() -> None:

@@ -19,7 +19,7 @@ from fxprune.analysis.walker import operation_name
 from fxprune.errors import DependencyError
 from fxprune.masking.masks import Masks
 from fxprune.masking.normalization import masked_group_norm, masked_layer_norm, masked_rms_norm
-from fxprune.program import Kind, Program
+from fxprune.program import Kind, Program, free_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.neurons import Block, Neurons, Reader
@@ -166,7 +166,7 @@ class MaskInsertion:
         )
         name = self.gates.get(key) if key else None
         if name is None:
-            name = f"_{stem}_{len(self.tensors)}"
+            name = free_name(stem, self.tensors)
             self.tensors[name] = value.to(self._device())
             if key:
                 self.gates[key] = name

@@ -19,7 +19,7 @@ from fxprune.analysis.boundary import outward_users
 from fxprune.analysis.neurons import Entry, Neurons, Reader
 from fxprune.analysis.walker import Walker, operation_name
 from fxprune.masking.masks import Masks
-from fxprune.program import InputSpec, Kind, Program
+from fxprune.program import InputSpec, Kind, Program, free_name
 from fxprune.shrinking.rewriting import RULES
 from fxprune.tracing.states import enter_state, leave_state
 
@@ -199,10 +199,10 @@ class _Shrinking:
         keep = torch.isin(old, positions)
         new = torch.searchsorted(positions, old[keep])
         with self.graph.inserting_before(twin):
-            twin.update_arg(2, self._constant("_index", new))
+            twin.update_arg(2, self._constant("index", new))
 
     def _constant(self, stem: str, value: Tensor) -> fx.Node:
-        name = f"{stem}_{len(self.tensors)}"
+        name = free_name(stem, self.tensors)
         device = next((t.device for t in self.program.tensors.values()), torch.device("cpu"))
         self.tensors[name] = value.to(device)
         return self.graph.create_node("get_attr", name)
@@ -216,7 +216,7 @@ class _Shrinking:
                 continue
             consumer, state = self.twins[entry.consumer], self.twins[entry.state]
             with self.graph.inserting_before(consumer):
-                units = self._constant("_units", torch.from_numpy(np.flatnonzero(stays)))
+                units = self._constant("units", torch.from_numpy(np.flatnonzero(stays)))
                 entered = self.graph.call_function(enter_state, (state, units))
             _replace_state(entry, consumer, state, entered)
 
@@ -233,7 +233,7 @@ class _Shrinking:
             shown = stays & ~torch.isin(reader.neurons.reshape(-1), self.program.masks.neurons)
             places = torch.where(shown, stays.cumsum(0) - 1, int(stays.sum()))
             with self.graph.inserting_after(part):
-                node = self._constant("_places", places)
+                node = self._constant("places", places)
             with self.graph.inserting_after(node):
                 left = self.graph.call_function(leave_state, (part, node))
             left.meta = dict(part.meta)

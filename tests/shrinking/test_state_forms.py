@@ -76,3 +76,30 @@ def test_a_state_is_returned_in_several_forms(
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     leaving = [n for n in compact.program.graph.nodes if n.target is leave_state]
     assert len(leaving) == layers
+
+
+class Branched(nn.Module):
+    """A layer with its state at the boundary, and a small residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(3, 8, batch_first=True), nn.Linear(8, 2)
+        self.a, self.b = nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)
+        with torch.no_grad():
+            self.a.weight.mul_(1e-3)
+            self.b.weight.mul_(1e-3)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h = self.gru(x, h)
+        return self.head(y + self.b(torch.relu(self.a(y)))), h
+
+
+def test_what_is_compiled_again_keeps_its_constants() -> None:
+    """The branch goes, so there are fewer tensors than when constants were named."""
+    policy = [Magnitude(0.32, structure="connection", scope="global"), Magnitude(0.5)]
+    example = (torch.randn(2, 5, 3), torch.randn(1, 2, 8))
+    once = fxprune.compile(Branched(), policy, example_inputs=example, progress=False)
+    assert "a.weight" not in dict(once.module.named_parameters())
+    twice = fxprune.compile(once.module, policy, example_inputs=example, progress=False)
+    assert twice.module.get_parameter("gru.weight_hh_l0").shape == (6, 2)
+    assert set(once.program.tensors) - set(once.report.kept) < set(twice.program.tensors)
