@@ -17,7 +17,7 @@ from fxprune.masking.insertion import insert_masks
 from fxprune.naming import dimension_names
 from fxprune.pipeline import Outcome
 from fxprune.policy import Policy
-from fxprune.program import InputSpec, Kind, Program, Refusal
+from fxprune.program import Kind, Program, Refusal
 from fxprune.rebuilding import rebuild
 from fxprune.report import Report
 from fxprune.shrinking.compact import compact_program
@@ -183,7 +183,7 @@ def _report(
         kept=_kept(program, small),
         verification=verification,
         refusals=(*outcome.refusals, *neurons.refusals),
-        notes=_notes(program, small.program),
+        notes=_notes(program, small),
         policy=str(policy),
     )
 
@@ -206,21 +206,31 @@ def _kept(program: Program, small: Shrunk) -> dict[str, tuple[tuple[int, ...], .
     return kept
 
 
-def _notes(program: Program, small: Program) -> tuple[str, ...]:
+def _notes(program: Program, small: Shrunk) -> tuple[str, ...]:
     notes = [f"{r.node} is fixed: {r.reason}" for r in program.refusals if _worth_telling(r)]
     if program.mode_difference is not None:
         notes.append(f"eval mode only: {program.mode_difference}")
-    for spec, smaller in zip(program.inputs, small.inputs, strict=True):
-        if spec.shape != smaller.shape:
+    results: Any = program.graph.output_node().args[0]
+    shapes: list[tuple[str, Sequence[Any]]] = [(s.name, s.shape or ()) for s in program.inputs]
+    for i, result in enumerate(results):
+        shapes.append((f"output_{i}", result.meta["val"].shape if _is_tensor(result) else ()))
+    slices = (*small.input_slices, *small.output_slices)
+    for (name, shape), kept in zip(shapes, slices, strict=True):
+        if any(k is not None for k in kept):
+            left = [s if k is None else len(k) for s, k in zip(shape, kept, strict=True)]
             notes.append(
-                f"state {spec.name} is [{_sizes(smaller)}] instead of [{_sizes(spec)}]; layers "
-                "that share a state lose the same units"
+                f"state {name} is [{_sizes(left)}] instead of [{_sizes(shape)}]; layers that "
+                "share a state lose the same units"
             )
     return tuple(notes)
 
 
-def _sizes(spec: InputSpec) -> str:
-    return ", ".join("any" if isinstance(s, str) else str(s) for s in spec.shape or ())
+def _sizes(shape: Sequence[Any]) -> str:
+    return ", ".join(str(s) if isinstance(s, int) else "any" for s in shape)
+
+
+def _is_tensor(result: Any) -> bool:
+    return isinstance(result, fx.Node) and isinstance(result.meta.get("val"), Tensor)
 
 
 def _worth_telling(refusal: Refusal) -> bool:

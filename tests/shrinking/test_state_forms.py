@@ -37,6 +37,15 @@ def test_states_of_two_dimensions(states: Literal["keep", "shrink"], outside: in
     x, (h, c) = torch.randn(3, 7, 3), torch.randn(2, 3, outside).unbind(0)
     result = compact.module(x, h, c)
     assert [tuple(r.shape) for r in result] == [(3, 7, 2), (3, outside), (3, outside)]
+    notes = [note for note in compact.report.notes if note.startswith("state ")]
+    assert [note.split(";")[0] for note in notes] == (
+        []
+        if states == "keep"
+        else [
+            f"state {name} is [any, 4] instead of [any, 8]"
+            for name in ("h", "c", "output_1", "output_2")
+        ]
+    )
     if states == "keep":
         for actual, expected in zip(result, compact.masked(x, h, c), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
