@@ -71,6 +71,10 @@ class Walker:
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     boundary: Boundary | None = None
     shrunk: frozenset[fx.Node] = frozenset()
+    unbacked: set[Any] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._find_sizes()
 
     def is_boundary(self, node: fx.Node) -> bool:
         """Whether a value is a state on its way in, kept at its external size."""
@@ -78,7 +82,6 @@ class Walker:
 
     def walk(self) -> None:
         """Labels every node."""
-        self.find_sizes()
         weight_nodes = self._find_weights()
         for node in self.program.graph.nodes:
             if self.boundary and node in (self.boundary.inputs | self.boundary.between):
@@ -109,7 +112,7 @@ class Walker:
         if isinstance(value, int):
             return value
         expression = value.node.expr
-        unbacked = self._unbacked and expression.free_symbols & self._unbacked
+        unbacked = self.unbacked and expression.free_symbols & self.unbacked
         hint = None if unbacked else value.node.hint
         if hint is not None:
             return int(hint)
@@ -125,9 +128,8 @@ class Walker:
         """For each dimension of a node's value whether its size is fixed."""
         return [self.static(s) for s in node.meta["val"].shape]
 
-    def find_sizes(self) -> None:
+    def _find_sizes(self) -> None:
         """Notes sizes that only running tells: the longest sequence is taken to fill the time."""
-        self._unbacked: set[Any] = set()
         for node in self.program.graph.nodes:
             if node.op == "call_function" and node.target is packing.pad_packed:
                 steps = node.meta["val"].shape[0]
@@ -135,7 +137,7 @@ class Walker:
                     source = node.args[0]
                     assert isinstance(source, fx.Node)
                     for symbol in steps.node.expr.free_symbols:
-                        self._unbacked.add(symbol)
+                        self.unbacked.add(symbol)
                         self.sizes[symbol] = self.size(source.meta["val"].shape[0])
 
     # Where labels begin and end ---------------------------------------------------------------

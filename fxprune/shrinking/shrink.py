@@ -73,7 +73,6 @@ class _Shrinking:
         self.program, self.neurons, self.kept = program, neurons, kept
         self._present = np.append(kept.numpy(), True)  # where -1 is no neuron, nothing goes
         self.sizes = Walker(program, {})
-        self.sizes.find_sizes()
         self.graph, self.twins = program.copy_graph()
         self.tensors: dict[str, Tensor] = {}
         self.slices: dict[str, Slices] = {}

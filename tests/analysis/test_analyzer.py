@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.analysis import Neurons, analyze
+from fxprune.analysis.walker import Walker
+from fxprune.tracing import packing
 from tests.analysis.sandwich import check_exact
 from tests.small import PackedTagger, Tagger, TiedModel, frames
 from tests.zoo import by_name
@@ -23,6 +25,12 @@ def groups(neurons: Neurons) -> list[tuple[str, int, int, bool]]:
 
 def blocks(neurons: Neurons) -> list[tuple[str, str | None, str, str]]:
     return [(b.name, b.source, b.destination, b.connection_class.value) for b in neurons.blocks]
+
+
+def test_sizes_are_known_before_any_walk() -> None:
+    program = fxprune.trace(PackedTagger(), (frames(2, 5), torch.tensor([5, 3])))
+    (padded,) = program.nodes(packing.pad_packed)
+    assert Walker(program, {}).shape(padded) == (5, 2, 12)
 
 
 def test_a_recurrent_tagger() -> None:
