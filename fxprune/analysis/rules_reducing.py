@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from fxprune.analysis.labels import Axis
-from fxprune.analysis.walker import dims_of, operation_name
+from fxprune.analysis.rules_pointwise import pointwise
+from fxprune.analysis.walker import argument, dims_of, operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -102,11 +103,15 @@ def reorder(w: Walker, node: fx.Node) -> Any:
     return [label] * len(value) if isinstance(value, (list, tuple)) else label
 
 
+def extreme(w: Walker, node: fx.Node) -> Any:
+    """Maximum and minimum: where two values meet, or over dimensions."""
+    return reorder(w, node) if argument(node, "other") is None else pointwise(w, node)
+
+
 def _reduced(w: Walker, node: fx.Node, kind: str) -> Label:
     x = node.args[0]
     rank = len(w.shape(x))  # type: ignore[arg-type]
-    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    dims = dims_of(None if isinstance(given, (float, bool)) else given, rank)
+    dims = dims_of(argument(node, "dim"), rank)
     value = node.meta["val"]
     out_rank = (value[0] if isinstance(value, (list, tuple)) else value).dim()
     kept = []
@@ -180,10 +185,9 @@ RULES: dict[str, Any] = {
     "group_norm": group_norm,
     "_weight_norm": weight_norm,
     **dict.fromkeys(("sum", "mean"), reduce),
+    **dict.fromkeys(("max", "min"), extreme),
     **dict.fromkeys(
         (
-            "max",
-            "min",
             "amax",
             "amin",
             "aminmax",

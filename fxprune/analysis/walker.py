@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from fxprune.analysis.boundary import Boundary
     from fxprune.program import Program
 
-__all__ = ["CONVOLUTIONS", "Label", "Rule", "Use", "Walker", "dims_of", "operation_name"]
+__all__ = [
+    "CONVOLUTIONS",
+    "Label",
+    "Rule",
+    "Use",
+    "Walker",
+    "argument",
+    "dims_of",
+    "operation_name",
+]
 
 Label = tuple[Axis, ...]
 Rule = "Callable[[Walker, fx.Node], Any]"
@@ -264,6 +273,16 @@ class Walker:
         if isinstance(label, list):
             return [self.settle(part) for part in label]
         return self.settle(label)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of an operation by its name: its default if not given, None if there is none."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    for position, known in enumerate(schema.arguments):
+        if known.name == name:
+            given = node.args[position : position + 1]
+            return given[0] if given else node.kwargs.get(name, known.default_value)
+    return None
 
 
 def dims_of(given: Any, rank: int) -> set[int]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.analysis.boundary import outward_users
 from fxprune.analysis.neurons import Entry, Neurons, Reader
-from fxprune.analysis.walker import Walker, operation_name
+from fxprune.analysis.walker import Walker, argument, dims_of, operation_name
 from fxprune.masking.masks import Masks
 from fxprune.program import InputSpec, Kind, Program, free_name
 from fxprune.shrinking.rewriting import RULES
@@ -82,7 +82,8 @@ class _Shrinking:
             for name, tensor in self.program.tensors.items():
                 self.slices[name] = self._slices(name, tensor)
                 self.tensors[name] = _own(tensor, self.slices[name])
-        for node in list(self.program.graph.nodes):
+        # Users first: their arguments are looked up, and a mean is replaced by its multiple.
+        for node in reversed(list(self.program.graph.nodes)):
             if node.op == "call_function":
                 self._rewrite(node)
         self._states_in()
@@ -140,6 +141,8 @@ class _Shrinking:
             self._split(node, twin)
         elif name == "mean":
             self._mean(node, twin)
+        elif name == "squeeze":
+            self._squeeze(node, twin)
         elif name == "scaled_dot_product_attention":
             self._attention(node, twin)
         elif name == "index_select":
@@ -164,11 +167,8 @@ class _Shrinking:
     def _mean(self, node: fx.Node, twin: fx.Node) -> None:
         """The mean keeps its divisor: what is gone counted as zero."""
         x: Any = node.args[0]
-        rank = x.meta["val"].dim()
-        given: Any = node.args[1] if len(node.args) > 1 else list(range(rank))
-        dims = [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
         factor = 1.0
-        for d in dims:
+        for d in dims_of(argument(node, "dim"), x.meta["val"].dim()):
             positions = self.positions(x, d)
             if positions is not None:
                 factor *= len(positions) / self.size(x.meta["val"].shape[d])
@@ -177,6 +177,15 @@ class _Shrinking:
                 scaled = self.graph.call_function(aten.mul.Tensor, (twin, factor))
             scaled.meta = dict(twin.meta)
             twin.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+    def _squeeze(self, node: fx.Node, twin: fx.Node) -> None:
+        """A dimension that has lost neurons stays, also where one is left."""
+        x: Any = node.args[0]
+        rank = x.meta["val"].dim()
+        squeezed = sorted(dims_of(argument(node, "dim"), rank))
+        dims = [d for d in squeezed if self.positions(x, d) is None]
+        if dims != squeezed:
+            twin.target, twin.args = aten.squeeze.dims, (twin.args[0], dims)
 
     def _attention(self, node: fx.Node, twin: fx.Node) -> None:
         query: Any = node.args[0]

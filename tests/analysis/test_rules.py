@@ -138,6 +138,8 @@ POINTWISE: dict[str, Case] = {
     "one-slope": (nn.PReLU(), 8, 8),
     "slopes": (rows(nn.PReLU(8)), 8, 8),
     "dropout": (nn.Dropout(), 8, 8),
+    "larger": (lambda x: torch.max(*x.chunk(2, -1)), 4, 4),
+    "smaller": (lambda x: torch.min(x, -x), 8, 8),
     "activations": (lambda x: functional.silu(x) * functional.gelu(x) + x.cos(), 8, 8),
 }
 
@@ -184,6 +186,9 @@ REDUCING: dict[str, Case] = {
     "mean-of-all": (lambda x: x.mean((1, 2), keepdim=True), 1, 8),
     "centred": (lambda x: x - x.mean(-1, keepdim=True), 8, 8),
     "gated-by-the-mean": (lambda x: x * x.mean(-1, keepdim=True).sigmoid(), 8, 8),
+    "mean-of-everything": (lambda x: x * x.mean(dim=None, keepdim=True), 8, 8),
+    "mean-of-no-dimensions": (lambda x: x * x.mean(dim=()), 8, 8),
+    "mean-looked-at": (lambda x: x.mean(-1, keepdim=True).expand(-1, -1, 5), 5, 8),
     "sum-of-parts": (lambda x: heads(x).sum(2), 4, 4),
     "mean-of-parts": (lambda x: heads(x).mean(2, keepdim=True).flatten(2), 4, 4),
     "mean-of-parts-and-time": (lambda x: heads(x).mean((1, 2)), 4, 4),
@@ -196,6 +201,10 @@ REDUCING: dict[str, Case] = {
     "max-over-time": (lambda x: x.max(1).values, 8, 8),
     "max": (lambda x: x.amax(-1, keepdim=True), 1, 0),
     "norm": (lambda x: functional.normalize(x, dim=-1), 8, 0),
+    "norm-of-order-one": (lambda x: functional.normalize(x, p=1, dim=-1), 8, 0),
+    "norm-of-order-two": (lambda x: rows()(x) / rows()(x).norm(dim=1, keepdim=True), 8, 0),
+    "norm-over-time": (lambda x: functional.normalize(x, dim=1), 8, 8),
+    "norm-of-order-two-over-time": (lambda x: x / x.norm(p=2, dim=1, keepdim=True), 8, 8),
     "variance": (lambda x: x.var(-1, keepdim=True), 1, 0),
     "softmax": (lambda x: x.softmax(-1), 8, 0),
     "softmax-over-time": (lambda x: x.softmax(1), 8, 8),
@@ -264,6 +273,15 @@ def test_they_go_exactly(name: str) -> None:
     compact = check_exact(Sandwich(operation, width))
     assert compact.report.parameters_after < compact.report.parameters_before
     assert compact.module.get_parameter("stem.weight").shape[0] < 8
+
+
+@pytest.mark.parametrize(
+    "squeeze", [lambda x: x.squeeze(), lambda x: x.squeeze((1, 3)), lambda x: x.squeeze(-1)]
+)
+def test_a_dimension_that_shrinks_to_one_neuron_is_not_squeezed(squeeze: Operation) -> None:
+    model = Sandwich(lambda x: squeeze(x.unsqueeze(1)).relu())
+    compact = check_exact(model, sparsity=0.99)
+    assert compact.module.get_parameter("stem.weight").shape[0] == 1
 
 
 @pytest.mark.parametrize(
