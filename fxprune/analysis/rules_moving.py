@@ -298,8 +298,6 @@ RULES: dict[str, Any] = {
             "ones_like",
             "full_like",
             "empty_like",
-            "rand_like",
-            "randn_like",
             "pad_packed",
             "check_input",
         ),

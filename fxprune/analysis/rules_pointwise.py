@@ -53,6 +53,16 @@ def factory(w: Walker, node: fx.Node) -> Label:
     return w.fresh_joint(node)
 
 
+def noise(w: Walker, node: fx.Node) -> Label:
+    """Random numbers: fewer of them would be other ones, so whatever neurons they meet stay."""
+    reason = "random numbers would be others for fewer neurons"
+    w.freeze_inputs(node, reason)
+    drawn = w.fresh_joint(node)
+    for axis in drawn:
+        w.ledger.freeze(axis.ids, reason)
+    return drawn
+
+
 def plain(w: Walker, node: fx.Node) -> Label:
     """A value whose positions carry no neurons: indices, sizes, comparisons of positions."""
     return ()
@@ -153,11 +163,25 @@ RULES: dict[str, Any] = {
             "new_ones",
             "new_full",
             "new_empty",
-            "rand",
-            "randn",
             "empty_permuted",
         ),
         factory,
+    ),
+    **dict.fromkeys(
+        (
+            "rand",
+            "randn",
+            "randint",
+            "rand_like",
+            "randn_like",
+            "randint_like",
+            "bernoulli",
+            "normal",
+            "normal_functional",
+            "uniform",
+            "exponential",
+        ),
+        noise,
     ),
     **dict.fromkeys(
         (

@@ -164,7 +164,7 @@ RULES: dict[str, Callable[[fx.Node, Kept], Arguments]] = {
         ("view", "reshape", "_unsafe_view", "new_zeros", "new_ones", "new_full", "new_empty"),
         _sizes_at(1),
     ),
-    **dict.fromkeys(("zeros", "ones", "full", "empty", "rand", "randn"), _sizes_at(0)),
+    **dict.fromkeys(("zeros", "ones", "full", "empty"), _sizes_at(0)),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
     "unflatten": _unflatten,
     "slice": _slice,

@@ -140,6 +140,10 @@ POINTWISE: dict[str, Case] = {
     "dropout": (nn.Dropout(), 8, 8),
     "larger": (lambda x: torch.max(*x.chunk(2, -1)), 4, 4),
     "smaller": (lambda x: torch.min(x, -x), 8, 8),
+    "noise": (lambda x: x + torch.randn_like(x), 8, 0),
+    "noise-of-a-size": (lambda x: x * torch.rand(x.shape), 8, 0),
+    "noise-over-time": (lambda x: x * torch.randn(4, 1), 8, 8),
+    "sampled": (lambda x: x.sigmoid().bernoulli(), 8, 0),
     "activations": (lambda x: functional.silu(x) * functional.gelu(x) + x.cos(), 8, 8),
 }
 
@@ -262,8 +266,8 @@ def test_which_neurons_may_go(name: str) -> None:
 REMOVABLE = [
     name
     for name, (_, _, free) in CASES.items()
-    # These make constants of one precision, and the comparison wants another.
-    if free and name not in ("constant-over-time",)
+    # One makes constants of one precision, and the comparison wants another; one is never equal.
+    if free and name not in ("constant-over-time", "noise-over-time")
 ]
 
 
@@ -282,6 +286,13 @@ def test_a_dimension_that_shrinks_to_one_neuron_is_not_squeezed(squeeze: Operati
     model = Sandwich(lambda x: squeeze(x.unsqueeze(1)).relu())
     compact = check_exact(model, sparsity=0.99)
     assert compact.module.get_parameter("stem.weight").shape[0] == 1
+
+
+def test_what_draws_random_numbers_says_so_with_its_place() -> None:
+    neurons = neurons_of(Sandwich(lambda x: x + torch.randn_like(x)))
+    (refusal,) = neurons.refusals
+    assert refusal.reason.startswith("random numbers would be others for fewer neurons, at ")
+    assert "sandwich.py:" in refusal.reason
 
 
 @pytest.mark.parametrize(
