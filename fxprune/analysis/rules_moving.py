@@ -308,8 +308,6 @@ RULES: dict[str, Any] = {
             "view",
             "reshape",
             "_unsafe_view",
-            "view_as",
-            "reshape_as",
             "flatten",
             "unflatten",
             "transpose",
@@ -332,7 +330,7 @@ RULES: dict[str, Any] = {
         ),
         move,
     ),
-    **dict.fromkeys(("expand", "repeat", "tile", "expand_as", "broadcast_to"), enlarge),
+    **dict.fromkeys(("expand", "repeat", "tile", "broadcast_to"), enlarge),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     **dict.fromkeys(("constant_pad_nd", "pad", "reflection_pad1d", "replication_pad1d"), pad),
     **dict.fromkeys(

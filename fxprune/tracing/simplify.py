@@ -10,6 +10,9 @@ selected is connected directly:
 * ``stack([a, b]).transpose(0, 1).reshape(batch, -1)`` is ``cat([a, b], 1)``, whose parts may differ
   in size;
 * ``zeros(n, ...)[i]`` used as an initial state is no initial state.
+
+What takes its shape from another value (``view_as``, ``reshape_as``, ``expand_as``) gets it as
+sizes: only those that vary are read from that value, which may lose neurons of its own.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ def simplify(graph: fx.Graph) -> None:
             continue
         if node.target is aten.unbind.int:
             _unbind_to_selects(graph, node)
+        elif node.target in _AS_ANOTHER:
+            _give_sizes(graph, node)
         elif node.target in (aten.select.int, aten.slice.Tensor, aten.squeeze.dim):
             _take_from_stack(graph, node)
         elif node.target in _RESHAPES:
@@ -68,6 +73,34 @@ def simplify(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
             graph.erase_node(node)
+
+
+_AS_ANOTHER: dict[Any, Any] = {
+    aten.view_as.default: aten.view.default,
+    aten.reshape_as.default: aten.reshape.default,
+    aten.expand_as.default: aten.expand.default,
+}
+
+
+def _give_sizes(graph: fx.Graph, node: fx.Node) -> None:
+    """Replaces a shape taken from another value by its sizes."""
+    source, other = node.args
+    assert isinstance(other, fx.Node)
+    with graph.inserting_before(node):
+        sizes = [_size(graph, other, dim) for dim in range(_rank(other))]
+        sized = graph.call_function(_AS_ANOTHER[node.target], (source, sizes))
+    sized.meta = dict(node.meta)
+    node.replace_all_uses_with(sized)
+    graph.erase_node(node)
+
+
+def _size(graph: fx.Graph, value: fx.Node, dim: int) -> int | fx.Node:
+    size = value.meta["val"].shape[dim]
+    if isinstance(size, int):
+        return size
+    node = graph.call_function(aten.sym_size.int, (value, dim))
+    node.meta["val"] = size
+    return node
 
 
 def _unbind_to_selects(graph: fx.Graph, node: fx.Node) -> None:

@@ -1,4 +1,4 @@
-"""A model around one operation, and what the analysis says about it."""
+"""A model around one operation, some such operations, and what the analysis says about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from fxprune.analysis import Neurons, analyze
 from fxprune.passes import Magnitude
 from tests.small import frames
 
-__all__ = ["Operation", "Sandwich", "check_exact", "free_neurons", "neurons_of"]
+__all__ = [
+    "Operation",
+    "Sandwich",
+    "Shaped",
+    "check_exact",
+    "free_neurons",
+    "neurons_of",
+]
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -33,6 +40,24 @@ class Sandwich(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [batch, 4, 3] to [..., 2]."""
         y: Tensor = self.head(self.operation(self.stem(x)))
+        return y
+
+
+class Shaped(nn.Module):
+    """Gets the shape of a value of other neurons, and is multiplied by the mean of those.
+
+    Args:
+        shape: gives a value the shape of another.
+    """
+
+    def __init__(self, shape: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.other, self.shape = nn.Linear(8, 8), shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [batch, 4, 8] to the same."""
+        other = self.other(x)
+        y: Tensor = self.shape(x, other) * other.mean(-1, keepdim=True)
         return y
 
 

@@ -13,6 +13,7 @@ from fxprune.shrinking.liveness import alive_neurons
 from tests.analysis.sandwich import (
     Operation,
     Sandwich,
+    Shaped,
     check_exact,
     free_neurons,
     neurons_of,
@@ -162,6 +163,10 @@ MOVING: dict[str, Case] = {
     "cat-ones": (lambda x: torch.cat([x, torch.ones_like(x[..., :1])], -1), 9, 7),
     "stack": (lambda x: torch.stack([x, x.relu()], -1).flatten(-2), 16, 8),
     "stack-in-front": (lambda x: torch.stack([x, x.relu()]), 8, 8),
+    "view-as": (Shaped(lambda x, other: x.flatten(0, 1).view_as(other)), 8, 8),
+    "reshape-as": (Shaped(lambda x, other: x.mT.mT.flatten(0, 1).reshape_as(other)), 8, 8),
+    "expand-as": (Shaped(lambda x, other: x[:, :1].expand_as(other)), 8, 8),
+    "expand-a-mean-as": (Shaped(lambda x, other: x.mean(2, True).expand_as(other)), 8, 8),
     "unbind-time": (lambda x: torch.stack(x.unbind(1), 1), 8, 8),
     "slice": (lambda x: x[..., 2:-2], 4, 8),
     "slice-from-the-end": (lambda x: x[..., -3:], 3, 8),

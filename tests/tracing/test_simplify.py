@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,33 @@ def test_reading_states(name: str) -> None:
     assert bool(stacks) is not direct
     for x in (frames(), frames(1, 3)):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shaped", "target"),
+    [
+        (lambda x, y: x.flatten(0, 1).view_as(y), aten.view.default),
+        (lambda x, y: x.flatten(0, 1).reshape_as(y), aten.reshape.default),
+        (lambda x, y: x[:, :1].expand_as(y), aten.expand.default),
+    ],
+)
+def test_the_shape_of_another_value_is_given_as_sizes(
+    shaped: Callable[[Tensor, Tensor], Tensor], target: Any
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return shaped(x, self.layer(x)) * 2
+
+    model = Model()
+    program = fxprune.trace(model, frames())
+    (node,) = program.nodes(target)
+    assert node.args[1][-1] == 3  # type: ignore[index]
+    for x in (frames(), frames(3, 7)):
+        torch.testing.assert_close(program.module()(x), model(x), rtol=0, atol=0)
 
 
 def test_a_slice_stacks_only_its_part() -> None:
