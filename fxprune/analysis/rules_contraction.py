@@ -140,6 +140,10 @@ def attention(w: Walker, node: fx.Node) -> Label:
     """Scaled dot-product attention: ``query`` and ``key`` contract, ``value`` passes."""
     query, key, value = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
     rank = len(w.shape(query))
+    heads_of = [w.shape(x)[-3:-2] for x in (query, key, value)]
+    if any(heads not in ((1,), heads_of[0]) for heads in heads_of):
+        w.freeze_inputs(node, "attention with fewer heads of keys than of queries has no rule")
+        return ()
     _contract(w, node, query, rank - 1, key, rank - 1)
     heads = [Axis(a.ids.narrow(rank - 1, 0, 1)) for a in w.label(query)]
     heads = [a for a in heads if a.ids.numel() > 1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
@@ -46,7 +47,8 @@ class _Product:
 def einsum(w: Walker, node: fx.Node) -> Label:
     """Operands without repeated letters, as a permuted product; else frozen."""
     equation, operands = str(node.args[0]).replace(" ", ""), tuple(node.args[1])  # type: ignore[arg-type]
-    if "." in equation or "->" not in equation:
+    equation = _spelled(equation, [len(w.shape(x)) for x in operands])
+    if "->" not in equation:
         w.freeze_inputs(node, f"einsum {equation!r} has no rule")
         return ()
     left, result = equation.split("->")
@@ -68,6 +70,16 @@ def einsum(w: Walker, node: fx.Node) -> Label:
     if product.weight is not None:
         _use(w, product, product.weight)
     return _result(w, product)
+
+
+def _spelled(equation: str, ranks: list[int]) -> str:
+    """An equation with letters for its dots, which stand for as many dimensions as are left."""
+    terms, arrow, result = equation.partition("->")
+    each = list(zip(terms.split(","), ranks, strict=True))
+    left = [rank - len(term.replace("...", "")) for term, rank in each]
+    free = "".join(sorted(set(ascii_letters) - set(equation))[: max(left)])
+    named = [t.replace("...", free[len(free) - n :]) for (t, _), n in zip(each, left, strict=True)]
+    return ",".join(named) + arrow + result.replace("...", free)
 
 
 def _sum(w: Walker, product: _Product, letter: str, position: int) -> None:

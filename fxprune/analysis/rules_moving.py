@@ -326,6 +326,7 @@ RULES: dict[str, Any] = {
             "unbind",
             "flip",
             "swapaxes",
+            "swapdims",
             "repeat_interleave",
         ),
         move,

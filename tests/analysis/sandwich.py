@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import fxprune
@@ -18,6 +19,8 @@ __all__ = [
     "Operation",
     "Sandwich",
     "Shaped",
+    "Shared",
+    "Turned",
     "check_exact",
     "free_neurons",
     "neurons_of",
@@ -43,6 +46,17 @@ class Sandwich(nn.Module):
         return y
 
 
+class Shared(nn.Module):
+    """Four heads of queries, two of keys and values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends to the first half of the features."""
+        queries, keys = x.unflatten(-1, (4, 2)), x[..., :4].unflatten(-1, (2, 2))
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+        y = functional.scaled_dot_product_attention(queries, keys, keys, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
 class Shaped(nn.Module):
     """Gets the shape of a value of other neurons, and is multiplied by the mean of those.
 
@@ -58,6 +72,23 @@ class Shaped(nn.Module):
         """Maps [batch, 4, 8] to the same."""
         other = self.other(x)
         y: Tensor = self.shape(x, other) * other.mean(-1, keepdim=True)
+        return y
+
+
+class Turned(nn.Module):
+    """Multiplies by a weight that was turned.
+
+    Args:
+        turn: exchanges two dimensions.
+    """
+
+    def __init__(self, turn: Operation) -> None:
+        super().__init__()
+        self.weight, self.turn = nn.Parameter(torch.randn(5, 8)), turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps 8 to 5."""
+        y: Tensor = x @ self.turn(self.weight)
         return y
 
 

@@ -14,6 +14,8 @@ from tests.analysis.sandwich import (
     Operation,
     Sandwich,
     Shaped,
+    Shared,
+    Turned,
     check_exact,
     free_neurons,
     neurons_of,
@@ -39,15 +41,19 @@ def rows(*layers: nn.Module) -> nn.Module:
 
 
 class Weighted(nn.Module):
-    """Contracts with a parameter by einsum."""
+    """Contracts with a parameter by einsum.
 
-    def __init__(self) -> None:
+    Args:
+        equation: of it.
+    """
+
+    def __init__(self, equation: str) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 5))
+        self.equation, self.weight = equation, nn.Parameter(torch.randn(8, 5))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps 8 to 5."""
-        return torch.einsum("btc,cd->btd", x, self.weight)
+        return torch.einsum(self.equation, x, self.weight)
 
 
 class Biaffine(nn.Module):
@@ -163,6 +169,7 @@ MOVING: dict[str, Case] = {
     "cat-ones": (lambda x: torch.cat([x, torch.ones_like(x[..., :1])], -1), 9, 7),
     "stack": (lambda x: torch.stack([x, x.relu()], -1).flatten(-2), 16, 8),
     "stack-in-front": (lambda x: torch.stack([x, x.relu()]), 8, 8),
+    "swap": (lambda x: x.swapdims(1, 2).tanh().swapaxes(1, 2), 8, 8),
     "view-as": (Shaped(lambda x, other: x.flatten(0, 1).view_as(other)), 8, 8),
     "reshape-as": (Shaped(lambda x, other: x.mT.mT.flatten(0, 1).reshape_as(other)), 8, 8),
     "expand-as": (Shaped(lambda x, other: x[:, :1].expand_as(other)), 8, 8),
@@ -243,7 +250,12 @@ CONTRACTION: dict[str, Case] = {
     "attention-by-hand": (lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x, 8, 8),
     "multi-head": (Attention(), 8, 8),
     "einsum": (lambda x: torch.einsum("btc,bsc->bts", x, x), 4, 8),
-    "einsum-weight": (Weighted(), 5, 8),
+    "einsum-weight": (Weighted("btc,cd->btd"), 5, 8),
+    "einsum-weight-and-dots": (Weighted("...c,cd->...d"), 5, 8),
+    "einsum-dots": (lambda x: torch.einsum("...tc,...sc->...ts", x, x), 4, 8),
+    "swapped-weight": (Turned(lambda weight: weight.swapdims(0, 1)), 5, 8),
+    "moved-weight": (Turned(lambda weight: weight.movedim(0, 1)), 5, 8),
+    "attention-with-shared-keys": (Shared(), 8, 0),
     "biaffine": (Biaffine("bxi,ij,byj->bxy", 6, 7), 4, 8),
     "biaffine-labels": (Biaffine("bxi,ioj,byj->bxyo", 6, 5, 7), 5, 8),
     "bilinear": (Bilinear(bias=True), 5, 8),
