@@ -25,7 +25,7 @@ from fxprune.archives import save_archive
 from fxprune.commands.listing import describe, describe_all
 from fxprune.commands.verifying import verify
 from fxprune.contract import Effect, Facts, Pass, PassResult
-from fxprune.errors import ConfigError, VerificationError
+from fxprune.errors import ConfigError, LoweringError, VerificationError
 from fxprune.policy import Policy
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
@@ -280,7 +280,7 @@ def test_compile_an_archive(
     policy = "states=shrink;magnitude{sparsity=0.5}"
     options = ("-o", paths[0], "--save", paths[1], "--report", paths[2], "--opset", "19")
     result = run("compile", archive, "--policy", policy, *options)
-    assert result == Result(0, f"the report\n\nsaved {paths[1]} (7 bytes)\n\nwritten\n", "")
+    assert result == Result(0, f"the report\n\nwritten\n\nsaved {paths[1]} (7 bytes)\n", "")
     assert [path.read_text() for path in paths] == ["19", "archive", "1\n"]
     (call,) = compiled
     assert isinstance(call.model, Program)
@@ -304,11 +304,13 @@ def test_compile_a_function_with_a_task(
 
 
 @pytest.mark.parametrize(
-    ("policy", "target", "message"),
+    ("policy", "options", "message"),
     [
-        ("magnitud{sparsity=0.5}", "m.onnx", "unknown pass 'magnitud'"),
-        ("magnitude{sparsity=0.5}", "absent/m.onnx", "its folder does not exist"),
-        ("magnitude{sparsity=0.5}", ".", "it is a folder"),
+        ("magnitud{sparsity=0.5}", ("-o", "m.onnx"), "unknown pass 'magnitud'"),
+        ("magnitude{sparsity=0.5}", ("-o", "absent/m.onnx"), "its folder does not exist"),
+        ("magnitude{sparsity=0.5}", ("-o", "."), "it is a folder"),
+        ("magnitude{sparsity=0.5}", ("-o", "m.onnx", "--opset", "99"), "opset=99 is out of range"),
+        ("magnitude{sparsity=0.5}", ("--save", "m.pt2", "--opset", "20"), "none is named"),
     ],
 )
 def test_compile_refuses_before_any_work(
@@ -316,14 +318,32 @@ def test_compile_refuses_before_any_work(
     models: str,
     compiled: list[SimpleNamespace],
     policy: str,
-    target: str,
+    options: tuple[str, ...],
     message: str,
 ) -> None:
-    result = run("compile", f"{models}:gru", "--policy", policy, "-o", target)
+    result = run("compile", f"{models}:gru", "--policy", policy, *options)
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert message in result.err
     assert compiled == []
     assert models not in sys.modules
+
+
+def test_compile_writes_nothing_where_onnx_cannot_be_written(
+    run: Fxprune,
+    archive: Path,
+    tmp_path: Path,
+    compiled: list[SimpleNamespace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise LoweringError("special_i0e has no ONNX counterpart")
+
+    monkeypatch.setattr(Compact, "save_onnx", refuse)
+    paths = [tmp_path / name for name in ("m.onnx", "small.pt2", "report.json")]
+    options = ("-o", paths[0], "--save", paths[1], "--report", paths[2])
+    result = run("compile", archive, "--policy", "magnitude{sparsity=0.5}", *options)
+    assert (result.code, "special_i0e" in result.err) == (2, True)
+    assert not any(path.exists() for path in paths)
 
 
 def test_compile_then_verify(run: Fxprune, models: str, tmp_path: Path) -> None:

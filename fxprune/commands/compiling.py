@@ -40,21 +40,32 @@ def run(
     """
     for target in (onnx, save, report):
         check_target(target)
+    _check_opset(opset, onnx)
     prepared = as_policy(policy, table())  # a wrong policy is told before the model is traced
     subject = load_subject(model)
     compact = fxprune.compile(
         subject.model, prepared, example_inputs=subject.example_inputs, task=subject.task
     )
     say(str(compact.report))
-    if report is not None:
-        _write(report, compact.report.to_json() + "\n")
+    if onnx is not None:  # first, since it is what may be refused: then nothing else is written
+        say(f"\n{compact.save_onnx(onnx, opset=opset)}")
     if save is not None:
         compact.save(save)
         say(f"\nsaved {save} ({save.stat().st_size:,} bytes)")
-    if onnx is not None:
-        say(f"\n{compact.save_onnx(onnx, opset=opset)}")
+    if report is not None:
+        _write(report, compact.report.to_json() + "\n")
     if onnx is save is report is None:
         say("\nnothing was written: name an ONNX file with -o, or an archive with --save")
+
+
+def _check_opset(opset: int | None, onnx: Path | None) -> None:
+    if opset is None:
+        return
+    if onnx is None:
+        raise ConfigError("--opset is for an ONNX file, and none is named: name it with -o.")
+    from fxprune.lowering.opsets import chosen_opset  # onnx takes long to import
+
+    chosen_opset(opset)
 
 
 def _write(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ from torch.export.graph_signature import OutputKind
 from torch.onnx._internal.exporter import _constants, _core, _decomp, _fx_passes, _registration
 from torch.onnx._internal.exporter._errors import ConversionError
 
-from fxprune.errors import ConfigError, LoweringError
+from fxprune.errors import LoweringError
 from fxprune.lowering.markers import marker_translations
 from fxprune.lowering.translations import extra_translations
 
@@ -34,23 +34,15 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-__all__ = ["DEFAULT_OPSET", "export_graph", "quiet"]
-
-DEFAULT_OPSET = 20
-_OPSETS = range(18, 24)  # what torch's translations and onnxruntime both know
+__all__ = ["export_graph", "quiet"]
 
 
 def export_graph(exported: ExportedProgram, opset: int) -> ir.Model:
     """Translates a program; recurrent operations and unpacking stay nodes of the fxprune domain.
 
     Raises:
-        ConfigError: ``opset`` is out of range.
         LoweringError: an operation has no ONNX translation, or the program changes its buffers.
     """
-    if opset not in _OPSETS:
-        raise ConfigError(
-            f"opset={opset} is out of range; choose {_OPSETS.start} to {_OPSETS.stop - 1}."
-        )
     _refuse_mutation(exported)
     translations = _translations(opset)
     with quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]

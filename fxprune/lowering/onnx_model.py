@@ -12,8 +12,9 @@ from onnxscript import version_converter
 from fxprune.errors import LoweringError
 from fxprune.lowering.building import Constants, constant_array
 from fxprune.lowering.compaction import fold_constants, share_weights, simplify, strip
-from fxprune.lowering.exporter import DEFAULT_OPSET, export_graph, quiet
+from fxprune.lowering.exporter import export_graph, quiet
 from fxprune.lowering.markers import DOMAIN, RECURRENT, Layer
+from fxprune.lowering.opsets import chosen_opset
 from fxprune.lowering.padding import lower_padding
 from fxprune.lowering.precision import other_precision, to_float32
 from fxprune.lowering.recurrent import lower_recurrent
@@ -78,7 +79,7 @@ def lower(
     opset: int | None = None,
 ) -> Lowered:
     """Does the work of :func:`to_onnx` and keeps what verification and report need."""
-    opset = DEFAULT_OPSET if opset is None else opset
+    opset = chosen_opset(opset)
     signature = Signature.of(exported)
     model = export_graph(exported, opset)
     with quiet():
