@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.analysis import Neurons
 from fxprune.compact import Compact, finish
@@ -15,9 +16,11 @@ from fxprune.errors import ConfigError
 from fxprune.masking.insertion import insert_masks
 from fxprune.pipeline import run_passes
 from fxprune.policy import Policy, as_policy
-from fxprune.program import Program
+from fxprune.program import Call, Program
 from fxprune.progress import track
-from fxprune.tracing.tracer import trace
+from fxprune.tracing.tracer import own_call, trace
+from fxprune.trials import REJECTIONS
+from fxprune.verify import run_call
 from fxprune.weights import owned, with_weights_of
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ def compile(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     task: Task | None = None,
-    verify_inputs: Sequence[Any] | None = None,
+    verify_inputs: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> Compact:
     """Makes a model physically smaller and proves that nothing else changed.
@@ -53,7 +56,8 @@ def compile(
         example_inputs: one call's inputs, as for :func:`fxprune.trace`; needed for a module.
         dynamic_shapes: as for :func:`fxprune.trace`.
         task: data and loss; with it, every one-shot pass fine-tunes after masking.
-        verify_inputs: calls to compare at, instead of those made from the example.
+        verify_inputs: calls to compare at, instead of those made from the example; each is built
+            as ``example_inputs``.
         progress: show progress on a terminal.
 
     Returns:
@@ -75,11 +79,11 @@ def compile(
         (50, 26)
     """
     chosen = chosen_policy(policy)
-    if verify_inputs is not None and not len(verify_inputs):
-        raise ConfigError("verify_inputs is empty; give at least one call, or leave it out.")
+    given = None if verify_inputs is None else _calls(verify_inputs)
     with track("compile", 4, enabled=progress) as steps:
         program = as_program(model_or_program, example_inputs, dynamic_shapes)
         program = replace(program, states=chosen.states)
+        _require_runs(program, given or ())  # now, not after the training
         steps.advance()
         facts = Facts(program, Context(task, tuple(chosen.protect), progress))
         neurons = facts[NeuronAnalysis]
@@ -90,8 +94,36 @@ def compile(
             fine_tune=_fine_tuning(neurons, task, progress) if task is not None else None,
         )
         steps.advance()
-        compact = finish(outcome, neurons, chosen, verify_inputs, lambda: steps.advance())
+        compact = finish(outcome, neurons, chosen, given, lambda: steps.advance())
     return compact
+
+
+def _calls(given: Any) -> list[Call]:
+    """The calls to compare at.
+
+    Raises:
+        ConfigError: they are none, or one call instead of several.
+    """
+    if isinstance(given, Tensor | Mapping | str) or not isinstance(given, Iterable):
+        raise ConfigError(
+            f"verify_inputs is {type(given).__name__}; give a list of calls, each built as "
+            "example_inputs is."
+        )
+    calls = [own_call(call) for call in given]
+    if not calls:
+        raise ConfigError("verify_inputs is empty; give at least one call, or leave it out.")
+    return calls
+
+
+def _require_runs(program: Program, calls: Sequence[Call]) -> None:
+    """Raises ConfigError if the program does not take one of the calls."""
+    for index, call in enumerate(calls):
+        try:
+            run_call(program.module(), call)
+        except REJECTIONS as error:
+            raise ConfigError(
+                f"the model does not run on verify_inputs[{index}]: {error}"
+            ) from error
 
 
 def as_program(

@@ -424,9 +424,15 @@ def test_a_model_whose_every_neuron_is_frozen() -> None:
         ([], "verify_inputs is empty"),
         ([torch.ones(3, 2, 9)], r"does not run on verify_inputs\[0\].*traced for \[any, any, 3\]"),
         ([frames(), (frames(), None, None)], r"does not run on verify_inputs\[1\]"),
+        (3, "verify_inputs is int; give a list of calls"),
+        (frames(), "verify_inputs is Tensor; give a list of calls"),
+        ({"x": frames()}, "verify_inputs is dict; give a list of calls"),
     ],
 )
-def test_verify_inputs_that_do_not_fit(calls: Any, text: str) -> None:
+def test_verify_inputs_that_do_not_fit(
+    calls: Any, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.compiler.run_passes", interrupt)  # before anything is trained
     refused(ConfigError, text, Tagger(), frames(), verify_inputs=calls)
 
 

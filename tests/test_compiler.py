@@ -126,7 +126,7 @@ def test_programs_pass_through_and_shrunk_ones_are_traced_anew(compact: fxprune.
 def test_verify_inputs_are_what_is_compared() -> None:
     calls = [frames(3, 2), {"x": frames(1, 9)}, ((frames(),), {})]
     found = fxprune.compile(
-        Tagger(), HALF, example_inputs=frames(), verify_inputs=calls, progress=False
+        Tagger(), HALF, example_inputs=frames(), verify_inputs=iter(calls), progress=False
     )
     assert found.report.verification.sizes == tuple(f"verify_inputs[{i}]" for i in range(3))
     with pytest.raises(ConfigError, match="verify_inputs is empty"):
