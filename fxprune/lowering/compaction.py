@@ -30,7 +30,17 @@ def share_weights(model: ir.Model) -> None:
     """Inlines functions, drops what is unused, and stores equal tensors once."""
     passes.InlinePass()(model)
     passes.RemoveUnusedNodesPass()(model)
+    for value in model.graph.initializers.values():
+        _make_contiguous(value)
     passes.DeduplicateHashedInitializersPass()(model)
+
+
+def _make_contiguous(value: ir.Value) -> None:
+    """A weight may be a view, such as a transpose; equal tensors are found by their bytes."""
+    tensor = value.const_value
+    array = None if tensor is None else tensor.numpy()
+    if tensor is not None and array is not None and not array.flags.c_contiguous:
+        value.const_value = ir.Tensor(array.copy("C"), dtype=tensor.dtype, name=tensor.name)
 
 
 def fold_constants(model: ir.Model) -> None:

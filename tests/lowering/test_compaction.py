@@ -43,6 +43,23 @@ def test_tied_weights_once(tmp_path: Path) -> None:
     assert len({"embedding.weight", "decoder.weight"} & set(initializers(model))) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_views(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        """One weight, transposed in memory, under two names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(5, 4, dtype=dtype).t())
+            self.b = nn.Parameter(self.a.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.to(dtype) @ self.a) * (x.to(dtype) @ self.b)
+
+    _, model = lower(Shared(), batch_first, tmp_path)
+    assert weight_bytes(model) == 20 * 4
+
+
 def test_a_module_called_twice_is_stored_once(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
