@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.analysis import Neurons
 from fxprune.archives import save_archive
+from fxprune.comparing import run_call
 from fxprune.masking.counting import Count, count
 from fxprune.masking.insertion import insert_masks
 from fxprune.naming import dimension_names
@@ -26,8 +27,8 @@ from fxprune.shrinking.liveness import alive_neurons, kept_neurons
 from fxprune.tracing.exporting import export_program
 from fxprune.tracing.states import plain_states
 from fxprune.tracing.tracer import own_call
-from fxprune.trials import trials
-from fxprune.verify import run_call, verify_programs
+from fxprune.trials import few_steps, trials
+from fxprune.verify import verify_programs
 from fxprune.weights import with_weights_of
 
 if TYPE_CHECKING:
@@ -244,9 +245,11 @@ def _onnx_cases(program: Program, module: nn.Module) -> list[OnnxCase]:
 
     cases: list[OnnxCase] = []
     usual: list[int] | None = None
-    for trial in trials(program, partial(run_call, module)):
+    reference = partial(run_call, module)
+    for trial in trials(program, reference):
         ranks = [t.dim() for t in pytree.tree_leaves(trial.expected) if isinstance(t, Tensor)]
         usual = usual or ranks
         squeezed = "" if ranks == usual else " (sizes of 1 squeezed away)"
-        cases.append(OnnxCase(trial.label + squeezed, *trial.call))
+        short = partial(few_steps, program, reference, trial.call)
+        cases.append(OnnxCase(trial.label + squeezed, *trial.call, short))
     return cases

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxprune.analysis import Neurons
 from fxprune.compact import Compact, finish
+from fxprune.comparing import run_call
 from fxprune.contract import Context, Facts, NeuronAnalysis
 from fxprune.errors import ConfigError
 from fxprune.masking.insertion import insert_masks
@@ -20,7 +21,6 @@ from fxprune.program import Call, Program
 from fxprune.progress import track
 from fxprune.tracing.tracer import own_call, trace
 from fxprune.trials import REJECTIONS
-from fxprune.verify import run_call
 from fxprune.weights import owned, with_weights_of
 
 if TYPE_CHECKING:

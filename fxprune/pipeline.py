@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxprune.comparing import compare_outputs, tolerance_of
 from fxprune.contract import Effect, Facts, NeuronAnalysis, Pass, PassResult
 from fxprune.errors import (
     FxpruneError,
@@ -33,7 +34,6 @@ from fxprune.masking.insertion import insert_masks
 from fxprune.policy import protected
 from fxprune.program import Program, Refusal
 from fxprune.randomness import preserved_random_state
-from fxprune.verify import compare_outputs, tolerance_of
 
 __all__ = ["Outcome", "PassRecord", "fingerprint", "run_passes"]
 

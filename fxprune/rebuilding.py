@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from fxprune.comparing import compare_outputs, run_call, tolerance_of
 from fxprune.errors import PreconditionError, VerificationError
 from fxprune.program import Kind
 from fxprune.trials import Trial, trials
-from fxprune.verify import compare_outputs, run_call, tolerance_of
 from fxprune.weights import like
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fxprune.program import Call, Program
 
-__all__ = ["REJECTIONS", "Trial", "first_taken", "other_values", "trials"]
+__all__ = ["REJECTIONS", "Trial", "few_steps", "first_taken", "other_values", "trials"]
 
 REJECTIONS = (FxpruneError, RuntimeError, ValueError, IndexError, TypeError)
 """What a program raises on a call that it does not take."""
@@ -73,6 +73,27 @@ def _other_calls(program: Program) -> Iterator[tuple[str, list[Call]]]:
         yield size_label(sizes, names), [other_values(call), call]
     if any(_is_floating(leaf) for leaf in pytree.tree_leaves(program.example)):
         yield "other values", [other_values(program.example)]
+
+
+_FEW = 8
+
+
+def few_steps(
+    program: Program, reference: Callable[[Call], Any], call: Call
+) -> tuple[Call, Any] | None:
+    """A call cut to at most 8 steps, and 8 of all else that varies, and its outputs.
+
+    Over more of them rounding is all there is in the outputs of a chaotic recurrence. None if the
+    reference does not take so few.
+    """
+    leaves = pytree.tree_leaves(call)
+    sizes = {
+        symbol: min(leaf.shape[dim], _FEW)
+        for leaf, spec in zip(leaves, program.inputs, strict=True)
+        for dim, symbol in enumerate(spec.shape or ())
+        if isinstance(symbol, str) and symbol.isidentifier()
+    }
+    return first_taken([at_sizes(program, sizes, call)], reference)
 
 
 def first_taken(

@@ -8,24 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fxprune
+from fxprune.comparing import (
+    CHAOTIC,
+    Difference,
+    Verdict,
+    compare_outputs,
+    judge,
+    run_call,
+    tolerance_of,
+)
 from fxprune.errors import ConfigError, VerificationError
-from fxprune.onnx_session import open_session
+from fxprune.onnx_session import open_session, run_session
 from fxprune.tables import render_table
-from fxprune.trials import Trial, trials
-from fxprune.verify import Difference, compare_outputs, rounding_effect, run_call, tolerance_of
+from fxprune.trials import Trial, few_steps, trials
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    from fxprune.program import Call, Program
 
 __all__ = ["run", "verify"]
 
 _CALLS = 10
-_MOST_ROUNDING = 1e-3  # beyond it a comparison would say nothing
 
 
 def run(archive: Path, onnx: Path, *, say: Callable[[str], None]) -> None:
@@ -41,12 +47,15 @@ def run(archive: Path, onnx: Path, *, say: Callable[[str], None]) -> None:
         VerificationError: they differ.
     """
     found = verify(fxprune.load(archive), onnx)
-    rows = [(label, f"{d.max_abs:.2g}", d.where) for label, d in found.items()]
+    gaps = {label: verdict.difference for label, verdict in found.items()}
+    rows = [(label, f"{gap.max_abs:.2g}", gap.where) for label, gap in gaps.items()]
     say(render_table(("inputs", "largest error", "where"), rows))
+    if any(verdict.chaotic for verdict in found.values()):
+        say(f"\nnote: {CHAOTIC}")
     say(f"\n{onnx.name} computes what {archive.name} does.")
 
 
-def verify(program: Program, onnx: Path) -> dict[str, Difference]:
+def verify(program: Program, onnx: Path) -> dict[str, Verdict]:
     """Compares a program with an ONNX file on the example, and at other sizes and values.
 
     Args:
@@ -54,7 +63,7 @@ def verify(program: Program, onnx: Path) -> dict[str, Difference]:
         onnx: the file.
 
     Returns:
-        The difference of each call, by label. Sizes that the program itself rejects are left out.
+        What came of each call, by label. Sizes that the program itself rejects are left out.
 
     Raises:
         ConfigError: the file cannot be run, or its inputs or outputs do not match the program's.
@@ -62,19 +71,41 @@ def verify(program: Program, onnx: Path) -> dict[str, Difference]:
     """
     session = open_session(onnx)
     names = _input_names(program, session)
-    module = program.module()
+    reference = partial(run_call, program.module())
     return {
-        trial.label: _compare(module, trial, session, names)
-        for trial in trials(program, partial(run_call, module), _CALLS)
+        trial.label: _compare(program, reference, trial, session, names)
+        for trial in trials(program, reference, _CALLS)
     }
 
 
-def _compare(module: nn.Module, trial: Trial, session: Any, names: Mapping[int, str]) -> Difference:
-    label, expected = trial.label, trial.expected
-    leaves = pytree.tree_leaves(trial.call)
-    feed = {name: _array(leaves[i], session, name) for i, name in names.items()}
+def _compare(
+    program: Program,
+    reference: Callable[[Call], Any],
+    trial: Trial,
+    session: Any,
+    names: Mapping[int, str],
+) -> Verdict:
+    verdict = judge(
+        partial(_difference, session, names, trial.label),
+        reference,
+        trial.call,
+        trial.expected,
+        stated=tolerance_of([trial.expected, *program.tensors.values()], "onnx"),
+        short=partial(few_steps, program, reference, trial.call),
+    )
+    if not verdict.passed:
+        gap = verdict.difference
+        share = f"{gap.max_rel:.2g} of the scale, allowed {verdict.tolerance:.2g}"
+        raise _failure(trial.label, f"{gap.max_abs:.3g} apart, {share}", gap)
+    return verdict
+
+
+def _difference(
+    session: Any, names: Mapping[int, str], label: str, call: Call, expected: Any
+) -> Difference:
+    leaves = pytree.tree_leaves(call)
     try:
-        results = [torch.from_numpy(r) for r in session.run(None, feed)]
+        results = run_session(session, {name: leaves[i] for i, name in names.items()})
     except Exception as error:
         nothing = Difference(math.inf, math.inf, "the run")
         raise _failure(label, f"onnxruntime fails: {error}", nothing) from error
@@ -89,16 +120,7 @@ def _compare(module: nn.Module, trial: Trial, session: Any, names: Mapping[int, 
         r.to(w.dtype) if r.is_floating_point() and w.is_floating_point() else r
         for r, w in zip(results, wanted, strict=True)
     ]
-    difference = compare_outputs(wanted, pairs)
-    tolerance = tolerance_of(wanted, "onnx")
-    if not difference.within(tolerance):
-        effect = rounding_effect(module, trial.call, expected)
-        tolerance = max(tolerance, min(10 * effect, _MOST_ROUNDING))
-    if not difference.within(tolerance):
-        share = f"{difference.max_rel:.2g} of the scale, allowed {tolerance:.2g}"
-        problem = f"{difference.max_abs:.3g} apart, {share}"
-        raise _failure(label, problem, difference)
-    return difference
+    return compare_outputs([w.cpu() for w in wanted], pairs)
 
 
 def _failure(label: str, problem: str, difference: Difference) -> VerificationError:
@@ -127,11 +149,3 @@ def _input_names(program: Program, session: Any) -> dict[int, str]:
         f"the ONNX file takes {', '.join(given)} and the archive {', '.join(by_name)}; give the "
         "archive that the file was made from."
     )
-
-
-def _array(value: Tensor, session: Any, name: str) -> Any:
-    declared = next(i.type for i in session.get_inputs() if i.name == name)
-    value = value.detach().cpu()
-    if declared == "tensor(float)" and value.is_floating_point():
-        value = value.float()
-    return value.contiguous().numpy()

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxprune.comparing import (
+    Difference,
+    Verdict,
+    compare_outputs,
+    judge,
+    run_call,
+    tolerance_of,
+)
 from fxprune.errors import ConfigError, LoweringError, VerificationError
-from fxprune.onnx_session import start_session
+from fxprune.onnx_session import run_session, start_session
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from torch.export import ExportedProgram
 
     from fxprune.lowering.onnx_model import Lowered
+    from fxprune.program import Call
 
 __all__ = ["OnnxCase", "compare"]
 
 _STAGE = "save_onnx"
-_HALF_TOLERANCE = 1e-2  # of float16 and bfloat16 programs, which were written as float32
 _REDUCED = (torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -37,11 +46,14 @@ class OnnxCase:
         label: what is special about it, such as ``"batch=3, time=7"``.
         args: positional arguments of the program.
         kwargs: keyword arguments of the program.
+        short: gives the call cut to a few steps, and its outputs, for chaotic models; None if it
+            cannot be cut.
     """
 
     label: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    short: Callable[[], tuple[Call, Any] | None] = lambda: None
 
 
 def compare(
@@ -50,9 +62,8 @@ def compare(
     exported: ExportedProgram,
     reference: Callable[..., Any],
     cases: Sequence[OnnxCase],
-    tolerance: float,
-) -> float:
-    """Runs every case and returns the largest absolute difference.
+) -> list[Verdict]:
+    """Runs every case.
 
     Args:
         path: the file to run.
@@ -60,30 +71,19 @@ def compare(
         exported: the program, for the structure of its inputs and outputs.
         reference: computes the expected outputs.
         cases: the inputs.
-        tolerance: allowed difference, as a share of max(1, largest absolute expected value).
+
+    Returns:
+        What came of each case.
 
     Raises:
         LoweringError: onnxruntime does not load the file.
         VerificationError: a value, shape, type or structure differs.
     """
     session = _session(path)
-    half = lowered.precision is not None and lowered.precision.itemsize == 2
-    tolerance = max(tolerance, _HALF_TOLERANCE) if half else tolerance
-    largest = 0.0
-    for case in cases:
-        check = _Check(case.label, lowered.precision is not None, tolerance)
-        feed = _feed(case, session, lowered, exported)
-        with torch.no_grad():
-            expected = check.leaves(reference(*case.args, **case.kwargs), lowered, exported)
-        try:
-            actual = session.run(None, feed)
-        except Exception as error:
-            raise check.failure("the run", f"onnxruntime fails: {error}") from error
-        check.shapes(session, feed, actual)
-        names = [output.name for output in session.get_outputs()]
-        for name, a, b in zip(names, expected, actual, strict=True):
-            largest = max(largest, check.values(name, a, b))
-    return largest
+    return [
+        _Comparison(case, session, lowered, exported, partial(run_call, reference)).verdict()
+        for case in cases
+    ]
 
 
 def _session(path: Path) -> Any:
@@ -96,118 +96,109 @@ def _session(path: Path) -> Any:
         ) from error
 
 
-def _feed(
-    case: OnnxCase, session: Any, lowered: Lowered, exported: ExportedProgram
-) -> dict[str, NDArray[Any]]:
-    in_spec = exported.call_spec.in_spec
-    assert in_spec is not None
-    order = in_spec.child(1).context or []
-    missing = [name for name in order if name not in case.kwargs]
-    kwargs = {name: case.kwargs[name] for name in order if name in case.kwargs}
-    leaves, spec = pytree.tree_flatten((tuple(case.args), kwargs))
-    if missing or len(kwargs) != len(case.kwargs) or spec != in_spec:
-        raise ConfigError(
-            f"the inputs of case {case.label!r} are not built as the program's example inputs; "
-            "use the same arguments and keywords."
-        )
-    names = [given.name for given in session.get_inputs()]
-    positions = lowered.signature.inputs
-    reduced = lowered.precision is not None
-    return {n: _array(leaves[p], reduced) for n, p in zip(names, positions, strict=True)}
-
-
-def _array(value: Any, reduced: bool) -> NDArray[Any]:
-    if not isinstance(value, Tensor):
-        return np.asarray(value)
-    value = value.detach().cpu()
-    if reduced and value.dtype in _REDUCED:
-        value = value.float()
-    return np.asarray(value.numpy(), order="C")
-
-
 @dataclass(frozen=True)
-class _Check:
+class _Comparison:
     """The comparisons of one case."""
 
-    label: str
-    reduced: bool
-    tolerance: float
+    case: OnnxCase
+    session: Any
+    lowered: Lowered
+    exported: ExportedProgram
+    reference: Callable[[Call], Any]
 
-    def failure(
-        self, what: str, problem: str, max_abs: float = float("inf"), max_rel: float = float("inf")
-    ) -> VerificationError:
-        where = f"{what} at {self.label}"
-        return VerificationError(
-            f"the ONNX model is not the program: {where}: {problem}. No file was written. If the "
-            "model is random or chaotic, make it deterministic or raise the tolerance; otherwise "
-            "this is a defect of fxprune's lowering: please report it.",
-            pass_name=_STAGE,
-            where=where,
-            max_abs=max_abs,
-            max_rel=max_rel,
+    def verdict(self) -> Verdict:
+        """Compares, and refuses what is another program."""
+        call = (self.case.args, self.case.kwargs)
+        self._inputs(call)  # built by the caller: what is wrong with them is told first
+        expected = self.reference(call)
+        stated = tolerance_of([expected, *self.exported.state_dict.values()], "onnx")
+        verdict = judge(
+            self._difference, self.reference, call, expected, stated=stated, short=self.case.short
         )
+        if not verdict.passed:
+            gap = verdict.difference
+            share = f"{gap.max_rel:.2g} of the scale, allowed {verdict.tolerance:.2g}"
+            self._fail(gap.where, f"differs by {gap.max_abs:.2g}, {share}", gap)
+        return verdict
 
-    def leaves(self, outputs: Any, lowered: Lowered, exported: ExportedProgram) -> list[Any]:
-        """The expected values of the ONNX outputs."""
-        leaves, spec = pytree.tree_flatten(outputs)
-        if spec != exported.call_spec.out_spec:
-            raise self.failure(
-                "the structure of the outputs", f"{spec} is not {exported.call_spec.out_spec}"
+    def _difference(self, call: Call, expected: Any) -> Difference:
+        """Runs the file on a call, and compares types, shapes and values."""
+        wanted, inputs = self._outputs(expected), self._inputs(call)
+        try:
+            results = run_session(self.session, inputs)
+        except Exception as error:
+            self._fail("the run", f"onnxruntime fails: {error}", cause=error)
+        self._check_declared([*map(torch.as_tensor, inputs.values()), *results])
+        return compare_outputs(wanted, results)
+
+    def _inputs(self, call: Call) -> dict[str, Any]:
+        """What the file takes of a call, by name, in its order."""
+        in_spec = self.exported.call_spec.in_spec
+        assert in_spec is not None
+        args, given = call
+        order = in_spec.child(1).context or []
+        missing = [name for name in order if name not in given]
+        kwargs = {name: given[name] for name in order if name in given}
+        leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+        if missing or len(kwargs) != len(given) or spec != in_spec:
+            raise ConfigError(
+                f"the inputs of case {self.case.label!r} are not built as the program's example "
+                "inputs; use the same arguments and keywords."
             )
-        for position, constant in lowered.signature.constants.items():
-            if leaves[position] != constant:
-                raise self.failure(
-                    f"output {position}", f"{leaves[position]!r} is not always {constant!r}"
-                )
-        return [_array(leaves[p], self.reduced) for p in lowered.signature.outputs]
+        names = [value.name for value in self.session.get_inputs()]
+        positions = self.lowered.signature.inputs
+        return {name: leaves[at] for name, at in zip(names, positions, strict=True)}
 
-    def shapes(
-        self, session: Any, feed: Mapping[str, NDArray[Any]], outputs: Sequence[NDArray[Any]]
-    ) -> None:
+    def _outputs(self, expected: Any) -> list[Tensor]:
+        """What the file should return where the program returns this."""
+        leaves, spec = pytree.tree_flatten(expected)
+        if spec != self.exported.call_spec.out_spec:
+            wanted = self.exported.call_spec.out_spec
+            self._fail("the structure of the outputs", f"{spec} is not {wanted}")
+        for position, constant in self.lowered.signature.constants.items():
+            if leaves[position] != constant:
+                text = f"{leaves[position]!r} is not always {constant!r}"
+                self._fail(f"output {position}", text)
+        return [self._as_written(leaves[at]) for at in self.lowered.signature.outputs]
+
+    def _as_written(self, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.as_tensor(np.asarray(value))
+        reduced = self.lowered.precision is not None and value.dtype in _REDUCED
+        return value.detach().cpu().float() if reduced else value.detach().cpu()
+
+    def _check_declared(self, tensors: Sequence[Tensor]) -> None:
         """Every declared size is right, and a named size is the same everywhere.
 
         An output of another rank declares nothing about these sizes: the model squeezes them away,
-        and :meth:`values` sees to it that the file does the same.
+        and the comparison sees to it that the file does the same.
         """
         sizes: dict[str, int] = {}
-        values = [*session.get_inputs(), *session.get_outputs()]
-        for value, array in zip(values, [*feed.values(), *outputs], strict=True):
-            if len(value.shape) != array.ndim:
+        values = [*self.session.get_inputs(), *self.session.get_outputs()]
+        for value, tensor in zip(values, tensors, strict=True):
+            if len(value.shape) != tensor.dim():
                 continue
-            for declared, size in zip(value.shape, array.shape, strict=True):
+            for declared, size in zip(value.shape, tensor.shape, strict=True):
                 if isinstance(declared, str):
                     declared = sizes.setdefault(declared, size)
                 if declared != size:
-                    raise self.failure(value.name, f"declared {value.shape}, but is {array.shape}")
+                    text = f"declared {value.shape}, but is {list(tensor.shape)}"
+                    self._fail(value.name, text)
 
-    def values(self, name: str, expected: NDArray[Any], actual: NDArray[Any]) -> float:
-        """Returns the largest absolute difference of one output."""
-        if expected.dtype != actual.dtype or expected.shape != actual.shape:
-            raise self.failure(
-                name,
-                f"{actual.dtype} {list(actual.shape)} is not {expected.dtype} "
-                f"{list(expected.shape)}",
-            )
-        difference, scale = _difference(expected, actual)
-        if difference > self.tolerance * max(1.0, scale):
-            raise self.failure(
-                name,
-                f"differs by {difference:.2g}, allowed are {self.tolerance:.2g} of the scale "
-                f"{max(1.0, scale):.2g}",
-                difference,
-                difference / scale if scale else float("inf"),
-            )
-        return difference
-
-
-def _difference(expected: NDArray[Any], actual: NDArray[Any]) -> tuple[float, float]:
-    """Largest absolute difference, and largest absolute expected value."""
-    if not expected.size:
-        return 0.0, 0.0
-    a, b = (np.ravel(v).astype(np.float64) for v in (expected, actual))
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(a - b)
-    difference[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
-    difference[np.isnan(difference)] = np.inf  # a number where the other has none
-    finite = np.abs(a[np.isfinite(a)])
-    return float(difference.max()), float(finite.max()) if finite.size else 0.0
+    def _fail(
+        self,
+        what: str,
+        problem: str,
+        gap: Difference | None = None,
+        cause: Exception | None = None,
+    ) -> Never:
+        where = f"{what} at {self.case.label}"
+        raise VerificationError(
+            f"the ONNX model is not the program: {where}: {problem}. No file was written. If the "
+            "model draws random numbers, make it deterministic; otherwise this is a defect of "
+            "fxprune's lowering: please report it.",
+            pass_name=_STAGE,
+            where=where,
+            max_abs=math.inf if gap is None else gap.max_abs,
+            max_rel=math.inf if gap is None else gap.max_rel,
+        ) from cause

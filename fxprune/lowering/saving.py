@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from fxprune.comparing import CHAOTIC
 from fxprune.errors import ConfigError, LoweringError
 from fxprune.lowering.comparison import OnnxCase, compare
 from fxprune.lowering.onnx_model import lower
@@ -70,7 +71,6 @@ def save_onnx(
     input_names: Sequence[str],
     dimension_names: Mapping[str, Mapping[int, str]],
     opset: int | None = None,
-    tolerance: float = 1e-4,
 ) -> OnnxReport:
     """Writes a program as ONNX, after comparing it with a reference in onnxruntime.
 
@@ -84,8 +84,6 @@ def save_onnx(
         input_names: names of the tensor inputs, in order.
         dimension_names: names of sizes that vary, by input and dimension.
         opset: version of the ONNX operator set; 20 if None.
-        tolerance: allowed difference, as a share of max(1, largest absolute expected value);
-            at least 1e-2 where the program computes in 16 bits.
 
     Returns:
         What was written.
@@ -102,7 +100,8 @@ def save_onnx(
         data = lowered.model.SerializeToString()
         _check(data)
         _write(temporary, data)
-        error = compare(temporary, lowered, exported, reference, cases, tolerance)
+        verdicts = compare(temporary, lowered, exported, reference, cases)
+    chaotic = any(verdict.chaotic for verdict in verdicts)
     operators = Counter(node.op_type for node in lowered.model.graph.node)
     return OnnxReport(
         path=Path(path),
@@ -110,9 +109,9 @@ def save_onnx(
         nodes=operators.total(),
         operators=dict(sorted(operators.items())),
         sizes=tuple(case.label for case in cases),
-        max_abs_error=error,
+        max_abs_error=max(verdict.difference.max_abs for verdict in verdicts),
         opset=next(o.version for o in lowered.model.opset_import if not o.domain),
-        notes=lowered.notes,
+        notes=(*lowered.notes, CHAOTIC) if chaotic else lowered.notes,
     )
 
 
