@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from fxprune.comparing import compare_outputs, run_call, tolerance_of
-from fxprune.errors import PreconditionError, VerificationError
+from fxprune.errors import ConfigError, PreconditionError, VerificationError
 from fxprune.program import Kind
 from fxprune.trials import Trial, trials
 from fxprune.weights import like
@@ -45,12 +45,18 @@ def rebuild(program: Program, model: nn.Module) -> nn.Module:
         A module of the same class, in eval mode, that computes what the program does.
 
     Raises:
-        PreconditionError: a layer cannot have the sizes that were left; the message names it.
+        ConfigError: ``model`` is no module.
+        PreconditionError: a layer cannot have the sizes that were left, which the message names,
+            or the module cannot be copied.
         VerificationError: the module with these sizes computes something else, or does not run.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"a module is rebuilt, not {model!r}; give the torch.nn.Module that was compiled."
+        )
     tensors = _tensors_of(program)
     _require_all_known(tensors, model)
-    rebuilt = copy.deepcopy(model)
+    rebuilt = _copied(model)
     for path, layer in rebuilt.named_modules():
         own = {n: t for n, t in tensors.items() if n.rpartition(".")[0] == path}
         _replace(layer, {n.rpartition(".")[2]: t for n, t in own.items()})
@@ -59,6 +65,18 @@ def rebuild(program: Program, model: nn.Module) -> nn.Module:
     rebuilt.eval()
     _verify(program, rebuilt)
     return rebuilt
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise PreconditionError(
+            f"copy.deepcopy cannot copy the module: {error}. If that is a weight of "
+            "torch.nn.utils.weight_norm or torch.nn.utils.prune, call remove_weight_norm or "
+            "prune.remove before you compile; or use the compact program itself (compact.module).",
+            pass_name=_NAME,
+        ) from error
 
 
 def _tensors_of(program: Program) -> dict[str, Tensor]:
@@ -133,7 +151,7 @@ def _resize_recurrent(layer: nn.RNNBase, path: str) -> None:
     gates = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1)
     directions = ["", "_reverse"] if layer.bidirectional else [""]
     suffixes = [f"l{i}{d}" for i in range(layer.num_layers) for d in directions]
-    units = {s: layer.get_parameter(f"weight_hh_{s}").shape[0] // gates for s in suffixes}
+    units = {s: _shape(layer, f"weight_hh_{s}")[0] // gates for s in suffixes}
     if len(set(units.values())) > 1:
         sizes = ", ".join(f"{s}: {n}" for s, n in units.items())
         raise PreconditionError(
@@ -143,18 +161,22 @@ def _resize_recurrent(layer: nn.RNNBase, path: str) -> None:
             pass_name=_NAME,
         )
     layer.hidden_size = next(iter(units.values()))
-    layer.input_size = layer.get_parameter("weight_ih_l0").shape[1]
+    layer.input_size = _shape(layer, "weight_ih_l0")[1]
     if layer.proj_size:
-        layer.proj_size = layer.get_parameter("weight_hr_l0").shape[0]
+        layer.proj_size = _shape(layer, "weight_hr_l0")[0]
+
+
+def _shape(layer: nn.Module, name: str) -> torch.Size:
+    tensor: Tensor = getattr(layer, name)  # no parameter where it is parametrized
+    return tensor.shape
 
 
 def _resize_convolution(layer: _ConvNd, path: str) -> None:
     first, second = layer.weight.shape[:2]
-    if layer.groups > 1 and layer.groups == layer.in_channels:  # one group per channel
-        layer.groups = first
-        layer.in_channels, layer.out_channels = first, first * second
-        if not layer.transposed:
-            layer.in_channels, layer.out_channels = first, first
+    if layer.groups > 1 and layer.groups == layer.in_channels:  # a channel goes with its filters
+        filters = layer.out_channels // layer.groups
+        layer.groups = layer.in_channels = first if layer.transposed else first // filters
+        layer.out_channels = layer.groups * filters
         return
     inner, outer = (first, second) if layer.transposed else (second, first)
     if layer.transposed:

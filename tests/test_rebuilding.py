@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fxprune
-from fxprune.errors import PreconditionError, VerificationError
+from fxprune.errors import ConfigError, PreconditionError, VerificationError
 from fxprune.passes import Magnitude
 from tests.laws import assert_same, other_sizes
 from tests.zoo import by_name
@@ -108,6 +110,56 @@ def test_another_module_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
     with pytest.raises(PreconditionError, match="no such tensor"):
         compacted(model, torch.zeros(1, 3)).rebuild(nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.ConvTranspose1d])
+@pytest.mark.parametrize(("sparsity", "groups"), [(0.0, 8), (0.5, 4)])
+def test_channels_with_several_filters_each(layer: Any, sparsity: float, groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), layer(8, 16, 3, groups=8), nn.Conv1d(16, 2, 1))
+    x = torch.randn(2, 3, 9)
+    compact = fxprune.compile(model, Magnitude(sparsity), example_inputs=x, progress=False)
+    rebuilt: Any = compact.rebuild(model)
+    depthwise = rebuilt[1]
+    sizes = (depthwise.in_channels, depthwise.out_channels, depthwise.groups)
+    assert sizes == (groups, 2 * groups, groups)
+    assert torch.allclose(rebuilt(x), compact.module(x), atol=1e-6)
+
+
+class _Normalized(nn.Module):
+    """A recurrent layer of which a weight is computed, in one of the ways that torch has."""
+
+    def __init__(self, change: Callable[[nn.Module, str], object]) -> None:
+        super().__init__()
+        self.stem, self.gru, self.head = nn.Linear(3, 8), nn.GRU(8, 6), nn.Linear(6, 2)
+        change(self.gru, "weight_hh_l0")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gru(self.stem(x))[0])  # type: ignore[no-any-return]
+
+
+def test_parametrized_weights() -> None:
+    torch.manual_seed(0)
+    model = _Normalized(nn.utils.parametrizations.weight_norm)
+    x = torch.randn(5, 2, 3)
+    compact = compacted(model, x)
+    rebuilt: Any = compact.rebuild(model)
+    assert rebuilt.gru.input_size == compact.module.get_parameter("stem.weight").shape[0] == 4
+    assert torch.allclose(rebuilt(x), compact.module(x), atol=1e-6)
+
+
+def _prune(module: nn.Module, name: str) -> None:
+    prune.l1_unstructured(module, name, 0.3)
+
+
+def test_modules_that_cannot_be_copied_are_refused() -> None:
+    torch.manual_seed(0)
+    model = _Normalized(_prune)
+    compact = compacted(model, torch.randn(5, 2, 3))
+    with pytest.raises(PreconditionError, match=r"copy\.deepcopy cannot copy .* prune\.remove"):
+        compact.rebuild(model)
+    with pytest.raises(ConfigError, match="a module is rebuilt, not 'x'"):
+        compact.rebuild("x")  # type: ignore[arg-type]
 
 
 def test_weights_trained_further_are_taken() -> None:
