@@ -85,7 +85,8 @@ class StageWise(Pass):
         relative: tolerance and recovery are fractions of the unpruned model's metric, as suits
             losses and perplexity.
         search: "ncs" (default), negatively correlated search; "random"; "bisection", one ratio for
-            all groups; "cma", CMA-ES, which needs the package cma.
+            all groups; "cma", CMA-ES, which needs the package cma; a single ratio it leaves to
+            bisection.
         recovery: how much worse than the unpruned model a retrained one may be, in the unit of
             the tolerance and no more than it; 0 (default) as published.
         retries: how many rounds of a stage may fail to recover before the next ends it; 0 as
@@ -184,7 +185,8 @@ class StageWise(Pass):
     def new_search(self, low: Array, high: Array, seed: Sequence[int]) -> Search:
         """A search over ratios between two bounds, [groups], the lower ones allowed."""
         size, generations = self.population, self.generations
-        if self.search == "bisection":
+        alone = self.search == "cma" and len(low) == 1  # CMA-ES has no covariance to adapt there
+        if self.search == "bisection" or alone:
             return BisectionSearch(low, high, population=size, generations=generations)
         if self.search == "random":
             return RandomSearch(low, high, population=size, generations=generations, seed=seed)

@@ -56,8 +56,8 @@ class BisectionSearch(Search):
 
     @property
     def done(self) -> bool:
-        """Whether the budget is spent or the bracket narrow enough."""
-        narrow = self._above - self._below < self.resolution
+        """Whether the budget is spent or the bracket narrow enough; the end is always tried."""
+        narrow = self.generation > 0 and self._above - self._below < self.resolution
         return self._full or narrow or self.generation >= self.generations
 
     def _propose(self) -> Array:

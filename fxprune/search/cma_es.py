@@ -27,8 +27,8 @@ class CmaSearch(Search):
         step: the first standard deviation, as a fraction of the width of the box.
 
     Raises:
-        ConfigError: the package is not installed, the population is too small for it, or start
-            or step make no sense.
+        ConfigError: the package is not installed, the population or the number of dimensions is
+            too small for it, or start or step make no sense.
 
     Source: Hansen, "The CMA evolution strategy: a tutorial", https://arxiv.org/abs/1604.00772.
     """
@@ -47,6 +47,10 @@ class CmaSearch(Search):
         super().__init__(low, high, population=population, generations=generations, seed=seed)
         if population < 4:
             raise ConfigError(f"CMA-ES needs a population of at least 4, got {population}")
+        if len(self.low) < 2:
+            raise ConfigError(
+                "CMA-ES needs at least two numbers to search, got one; BisectionSearch is for that"
+            )
         if not 0 < step < math.inf:
             raise ConfigError(f"step must be positive, got {step!r}")
         middle = np.full(self.low.shape, 0.5)

@@ -327,6 +327,24 @@ def test_the_only_round_that_finds_nothing_says_so(program: Program) -> None:
     )
 
 
+@pytest.mark.parametrize("most", [5e-5, 5e-4])
+def test_a_range_below_the_resolution_of_bisection(program: Program, most: float) -> None:
+    """That of the largest ratio, or of what is left of it after a search that found nothing."""
+    worse = iter([1.0, *[2.0] * 100])
+    task = make_task(validate=lambda _: next(worse))
+    outcome = prune(program, stage_wise(search="bisection", most=most, rounds=5), task)
+    assert outcome.program is program
+    assert "no candidate that removes more is within the tolerance" in outcome.refusals[0].reason
+
+
+def test_cma_leaves_a_single_ratio_to_bisection(program: Program) -> None:
+    one = stage_wise(search="cma", grouping="one", rounds=1)
+    same = prune(program, replace(one, search="bisection")).program
+    found = prune(program, one).program
+    assert sum(removed(found).values()) > 0.1
+    assert removed(found) == removed(same)
+
+
 def test_where_no_more_may_go_nothing_is_evaluated(program: Program) -> None:
     calls: list[float] = []
 

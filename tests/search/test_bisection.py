@@ -39,6 +39,13 @@ def test_it_ends_at_once_where_everything_is_allowed() -> None:
     assert search.best.point.tolist() == [1.0, 0.9]
 
 
+@pytest.mark.parametrize("population", [1, 3])
+def test_a_narrow_bracket_is_tried_once(population: int) -> None:
+    search = BisectionSearch([0.0], [5e-5], population=population)
+    assert run(search, 1.0)[-1] == [5e-5]
+    assert (search.generation, search.best.point.tolist()) == (1, [5e-5])
+
+
 def test_one_number_stands_for_all_within_their_bounds() -> None:
     search = BisectionSearch([0.0, 0.6], [1.0, 0.9], population=4)
     points: Array = search.ask()

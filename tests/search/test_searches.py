@@ -99,6 +99,11 @@ def test_a_search_leaves_the_global_random_state_alone(kind: Callable[..., Searc
     assert torch.equal(after["torch"], before["torch"])
 
 
+def test_cma_needs_two_dimensions() -> None:
+    with pytest.raises(ConfigError, match="at least two numbers to search, got one"):
+        CmaSearch([0.0], [1.0])
+
+
 @pytest.mark.parametrize("kind", [NegativelyCorrelatedSearch, RandomSearch, cma])
 def test_the_seed_decides(kind: Callable[..., Search]) -> None:
     points = []
