@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import ArchiveError, LoweringError
+from fxprune.paths import as_path
 from fxprune.program import Program, Refusal
 from fxprune.switching import batch_counter
 from fxprune.tracing import packing, recurrent
@@ -50,7 +51,7 @@ def load(path: str | os.PathLike[str]) -> Program:
         ConfigError: an example input is empty.
         TraceError: what it holds cannot be a program.
     """
-    exported = read_archive(path)
+    exported = read_archive(as_path(path))
     if exported.example_inputs is None:
         raise ArchiveError(
             f"{path} holds no example inputs; export the model again, torch.export keeps them.",
@@ -79,6 +80,7 @@ def save_archive(
     program: Program, path: str | os.PathLike[str], *, portable: bool = False
 ) -> tuple[str, ...]:
     """Writes a program as an archive; see :meth:`fxprune.Compact.save`."""
+    path = as_path(path)
     if not portable:
         exported = export_program(program)
         write_archive(exported, path, _modes(program, exported))

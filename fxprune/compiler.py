@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fxprune.contract import Pass
     from fxprune.training.task import Task
 
-__all__ = ["as_program", "chosen_policy", "compile"]
+__all__ = ["as_program", "check_task", "chosen_policy", "compile"]
 
 
 def compile(
@@ -80,6 +80,7 @@ def compile(
     """
     chosen = chosen_policy(policy)
     given = None if verify_inputs is None else _calls(verify_inputs)
+    check_task(task)
     with track("compile", 4, enabled=progress) as steps:
         program = as_program(model_or_program, example_inputs, dynamic_shapes)
         program = replace(program, states=chosen.states)
@@ -132,8 +133,13 @@ def as_program(
     """Traces a module; hands a program through, traced anew if it has been shrunk.
 
     Raises:
-        ConfigError: neither of them, or a module without example inputs.
+        ConfigError: it is neither of them, or a module without example inputs.
     """
+    if not isinstance(model_or_program, Program | nn.Module):
+        raise ConfigError(
+            "a model is a torch.nn.Module, or a program of fxprune.trace or fxprune.load, not "
+            f"{model_or_program!r} ({type(model_or_program).__name__})."
+        )
     if isinstance(model_or_program, Program):
         if example_inputs is not None or dynamic_shapes is not None:
             raise ConfigError(
@@ -164,6 +170,22 @@ def chosen_policy(policy: Any) -> Policy:
     from fxprune import passes  # the only place where the core looks passes up
 
     return as_policy(policy, passes.table())
+
+
+def check_task(task: Any) -> None:
+    """Refuses what is no task before anything is traced.
+
+    Raises:
+        ConfigError: it is neither a task nor None.
+    """
+    if task is None:
+        return
+    from fxprune.training.task import Task
+
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"task is {type(task).__name__}; give a fxprune.Task(loss, train, validate, goal=...)."
+        )
 
 
 def _fine_tuning(neurons: Neurons, task: Task, progress: bool) -> Callable[[Program], Program]:

@@ -221,16 +221,20 @@ class Pass(ABC):
         return self.name + format_options(given)
 
 
-def check_number(pass_: Pass, option: str, low: float, high: float) -> None:
-    """Refuses an option that is not a number in ``[low, high)``.
+def check_number(
+    pass_: Pass, option: str, low: float, high: float, *, positive: bool = False
+) -> None:
+    """Refuses an option that is not a number in ``[low, high)``, or 0 where it must be positive.
 
     Raises:
         ConfigError: with the option's name, value and range.
     """
     value = getattr(pass_, option)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value < high:
-        limit = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g})"
+    if not number or not low <= value < high or (positive and value == 0):
+        bracket = "(" if positive else "["
+        bound = "more than" if positive else "at least"
+        limit = f"{bound} {low:g}" if math.isinf(high) else f"in {bracket}{low:g}, {high:g})"
         raise ConfigError(
             f"option {option!r} of pass {pass_.name!r} must be a number {limit}, not {value!r}"
         )

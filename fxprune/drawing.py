@@ -7,7 +7,6 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +16,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch
 
 from fxprune.analysis.neurons import ConnectionClass
 from fxprune.errors import ConfigError
+from fxprune.paths import as_path
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -35,6 +35,8 @@ _BOX = (2.6, 0.62)  # width, height, in inches: one unit of the drawing is one i
 _STEP = (3.1, 1.35)
 _LARGEST = 200.0  # inches: beyond it the picture is scaled down
 
+_BY_LATEX = {"pgf"}  # formats of matplotlib that need a program beside it
+
 Place = tuple[float, float]
 
 
@@ -51,10 +53,9 @@ def draw(graph: nx.MultiDiGraph, path: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: the format is unknown, or the file cannot be written.
     """
-    target = Path(path)
+    target = as_path(path)
     kind = target.suffix.lower().removeprefix(".")
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if kind not in formats:
+    if kind not in FigureCanvasAgg.get_supported_filetypes().keys() - _BY_LATEX:
         raise ConfigError(
             f"cannot draw {target}: the suffix {target.suffix!r} is no picture format. "
             "Use .png, .svg or .pdf"

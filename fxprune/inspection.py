@@ -12,6 +12,7 @@ import networkx as nx
 
 from fxprune.analysis.classes import distinct
 from fxprune.errors import ConfigError
+from fxprune.paths import as_path
 from fxprune.tables import render_pairs, render_table
 
 if TYPE_CHECKING:
@@ -62,11 +63,12 @@ class View:
         Raises:
             ConfigError: the file cannot be written.
         """
+        target = as_path(path)
         try:
-            nx.write_graphml(self.graph, os.fspath(path))
+            nx.write_graphml(self.graph, str(target))
         except OSError as error:
             raise ConfigError(
-                f"cannot write {os.fspath(path)}: {error.strerror}. Choose a folder that exists "
+                f"cannot write {target}: {error.strerror}. Choose a folder that exists "
                 "and that you may write to"
             ) from error
 

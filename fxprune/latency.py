@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from fxprune.errors import ConfigError
 from fxprune.onnx_session import first_line, open_session
+from fxprune.paths import as_path
 from fxprune.tables import render_table
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def measure(
         ConfigError: the file cannot be run, has no dimension of that name, or a number is not
             positive.
     """
-    subject = _Subject(Path(onnx_path), _checked(sizes, threads, runs), threads)
+    subject = _Subject(as_path(onnx_path), _checked(sizes, threads, runs), threads)
     _refuse_unknown(sizes, (subject,))
     return subject.latency(_time((subject,), runs)[0])
 
@@ -113,7 +115,7 @@ def compare(
 ) -> Comparison:
     """Times two ONNX files in turns; arguments as for :func:`measure`."""
     given = _checked(sizes, threads, runs)
-    subjects = tuple(_Subject(Path(path), given, threads) for path in (first, second))
+    subjects = tuple(_Subject(as_path(path), given, threads) for path in (first, second))
     _refuse_unknown(sizes, subjects)
     times = _time(subjects, runs)
     return Comparison(*(s.latency(t) for s, t in zip(subjects, times, strict=True)))
@@ -164,11 +166,14 @@ def _time(subjects: Sequence[_Subject], runs: int | None) -> list[list[float]]:
 
 
 def _checked(sizes: Mapping[str, int] | None, threads: int, runs: int | None) -> Mapping[str, int]:
-    numbers = {**(sizes or {}), "threads": threads, "runs": 1 if runs is None else runs}
+    if not isinstance(sizes, Mapping | None):
+        raise ConfigError(f"sizes is {sizes!r}; give numbers by name, such as {{'time': 35}}.")
+    given = dict(sizes or {})
+    numbers = {**given, "threads": threads, "runs": 1 if runs is None else runs}
     for name, number in numbers.items():
-        if number < 1:
-            raise ConfigError(f"{name} is {number}; it must be at least 1.")
-    return sizes or {}
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            raise ConfigError(f"{name} is {number!r}; it must be an integer, at least 1.")
+    return given
 
 
 def _refuse_unknown(sizes: Mapping[str, int] | None, subjects: Sequence[_Subject]) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,7 +49,7 @@ class Policy:
     ``str(policy)`` is its text form; :func:`as_policy` reads it back.
 
     Attributes:
-        passes: may be empty, which prunes nothing.
+        passes: several, or one; none prunes nothing.
         protect: globs over parameter names, such as ``encoder.*``; see :func:`protected`.
         states: whether recurrent states that are inputs or outputs of the model keep their shape
             ("keep") or get smaller with their layer ("shrink").
@@ -63,17 +63,19 @@ class Policy:
     states: Literal["keep", "shrink"] = "keep"
 
     def __post_init__(self) -> None:
-        if isinstance(self.protect, str) or not all(isinstance(p, str) for p in self.protect):
+        protect = _listed(self.protect)
+        if protect is None or not all(isinstance(p, str) for p in protect):
             raise ConfigError(
                 f"protect must be a list of patterns such as ['encoder.*'], not {self.protect!r}"
             )
         if self.states not in ("keep", "shrink"):
             raise ConfigError(f"states must be 'keep' or 'shrink', not {self.states!r}")
-        for given in self.passes:
+        passes = (self.passes,) if isinstance(self.passes, Pass) else _listed(self.passes)
+        for given in (self.passes,) if passes is None else passes:
             if not isinstance(given, Pass):
                 raise ConfigError(f"a policy holds passes, not {_describe(given)}")
-        object.__setattr__(self, "passes", tuple(self.passes))
-        object.__setattr__(self, "protect", tuple(self.protect))
+        object.__setattr__(self, "passes", passes)
+        object.__setattr__(self, "protect", protect)
 
     def __str__(self) -> str:
         settings = [
@@ -82,6 +84,11 @@ class Policy:
             if f.name in _SETTINGS and getattr(self, f.name) != f.default
         ]
         return ";".join([*settings, *map(str, self.passes)])
+
+
+def _listed(given: Any) -> tuple[Any, ...] | None:
+    """The entries of a list, or of anything like one; None if it is none."""
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
 
 
 def as_policy(

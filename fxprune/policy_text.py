@@ -91,8 +91,10 @@ def format_value(value: Any) -> str:
         return value if bare and _literal(value) == value else json.dumps(value)
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
+    if isinstance(value, int):
+        return repr(int(value))
+    if isinstance(value, float):
+        return repr(float(value))  # numpy's numbers are floats with a repr of their own
     raise ConfigError(f"{value!r} has no text form: numbers, strings, lists of them, true, none do")
 
 

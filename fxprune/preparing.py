@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.compact import Compact, finish
-from fxprune.compiler import as_program, chosen_policy
+from fxprune.compiler import as_program, check_task, chosen_policy
 from fxprune.contract import Context, Facts, NeuronAnalysis
 from fxprune.errors import ConfigError
 from fxprune.learning.contract import LearnedPass, Learning, require_agreement, training_steps
@@ -133,6 +133,7 @@ def prepare(
         26
     """
     chosen = chosen_policy(policy)
+    check_task(task)
     before, learned, later = _split(chosen.passes)
     steps = _checked_steps(learned, steps, task)
     program = as_program(model_or_program, example_inputs, dynamic_shapes)

@@ -125,8 +125,7 @@ class SparseConnectivity(LearnedPass):
         if self.penalty is not None:
             check_number(self, "penalty", 0, math.inf)
         else:
-            check_number(self, "target", 0, 1)
-            self._check_positive("target")
+            check_number(self, "target", 0, 1, positive=True)
         check_choice(self, "estimator", tuple(ESTIMATORS))
         check_choice(self, "structure", ("connection", "filter"))
         check_choice(self, "feature", ("row", "unit"))

@@ -99,6 +99,9 @@ class DynamicPruning(LearnedPass):
     regrow: bool = True
 
     def __post_init__(self) -> None:
+        for option in ("sparsity", "scope"):
+            value = getattr(self, option)
+            object.__setattr__(self, option, tuple(value) if isinstance(value, list) else value)
         _check_structures(self)
         check_choice(self, "regrow", (True, False))
         for option in ("start", "ramp", "end", "hysteresis"):

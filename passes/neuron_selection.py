@@ -101,7 +101,7 @@ class NeuronSelection(LearnedPass):
             )
         given = [o for o in ("target", "rate") if getattr(self, o) is not None]
         for option in (*given, "drop", "threshold"):
-            check_number(self, option, math.nextafter(0, 1), 1)
+            check_number(self, option, 0, 1, positive=True)
         if self.penalty is not None:
             check_number(self, "penalty", 0, math.inf)
         check_choice(self, "cost", COSTS)

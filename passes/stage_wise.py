@@ -228,7 +228,7 @@ class StageWise(Pass):
 
     def _check_classes(self) -> None:
         given = self.classes
-        known = not isinstance(given, str) and all(c in CLASSES for c in given)
+        known = isinstance(given, list | tuple) and all(c in CLASSES for c in given)
         if not known or not given or len(set(given)) != len(given):
             raise ConfigError(
                 f"option 'classes' of pass {self.name!r} must list some of {', '.join(CLASSES)}, "

@@ -28,6 +28,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.latency import measure
 from fxprune.passes import Magnitude
 from tests.small import HALF, PackedTagger, Tagger, frames, tensors_of
 
@@ -436,6 +437,36 @@ def test_verify_inputs_that_do_not_fit(
     refused(ConfigError, text, Tagger(), frames(), verify_inputs=calls)
 
 
+@pytest.mark.parametrize("given", [5, "m.pt2", None, Tagger, torch.zeros(1)])
+def test_what_is_no_model(given: Any) -> None:
+    for use in (fxprune.inspect, lambda m: fxprune.compile(m, HALF, progress=False)):
+        with pytest.raises(ConfigError, match=r"a model is a torch\.nn\.Module, or a program of"):
+            use(given)
+
+
+def test_what_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxprune.compiler.trace", interrupt)  # before anything is traced
+    refused(ConfigError, "task is object; give a fxprune.Task", Tagger(), frames(), task=object())
+    with pytest.raises(ConfigError, match="task is dict"):
+        fxprune.prepare(Tagger(), HALF, example_inputs=frames(), task={})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [None, 3, b"m.pt2"])
+def test_what_is_no_path(compact: fxprune.Compact, path: Any, tmp_path: Path) -> None:
+    view = fxprune.inspect(Tagger(), frames())
+    uses: list[Callable[[Any], object]] = [
+        fxprune.load,
+        compact.save,
+        compact.save_onnx,
+        view.draw,
+        view.write_graphml,
+        measure,
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError, match="a file is named by a text or a path object"):
+            use(path)
+
+
 def test_shapes_are_given_once() -> None:
     program = fxprune.trace(Tagger(), frames())
     with pytest.raises(ConfigError, match="has its example inputs and dynamic shapes already"):
@@ -677,9 +708,10 @@ def test_archives_that_are_none(compact: fxprune.Compact, tmp_path: Path) -> Non
         assert "Export and save the program again" in str(caught.value)
 
 
-def test_an_opset_that_is_none(compact: fxprune.Compact, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="opset=3 is out of range; choose"):
-        compact.save_onnx(tmp_path / "m.onnx", opset=3)
+@pytest.mark.parametrize("opset", [3, 20.0, "20", True])
+def test_an_opset_that_is_none(compact: fxprune.Compact, opset: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"opset={opset!r} is out of range; choose"):
+        compact.save_onnx(tmp_path / "m.onnx", opset=opset)
     assert os.listdir(tmp_path) == []
 
 

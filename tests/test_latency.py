@@ -104,9 +104,13 @@ def test_integers_fit_their_use(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"sizes": {"tme": 3}}, "no dimension is called 'tme': there are batch, time."),
-        ({"sizes": {"time": 0}}, "time is 0; it must be at least 1."),
-        ({"threads": 0}, "threads is 0; it must be at least 1."),
-        ({"runs": 0}, "runs is 0; it must be at least 1."),
+        ({"sizes": {"time": 0}}, "time is 0; it must be an integer, at least 1."),
+        ({"sizes": {"time": 1.5}}, "time is 1.5; it must be an integer, at least 1."),
+        ({"sizes": 5}, "sizes is 5; give numbers by name, such as {'time': 35}."),
+        ({"threads": 0}, "threads is 0; it must be an integer, at least 1."),
+        ({"threads": "2"}, "threads is '2'; it must be an integer, at least 1."),
+        ({"runs": 0}, "runs is 0; it must be an integer, at least 1."),
+        ({"runs": 2.5}, "runs is 2.5; it must be an integer, at least 1."),
     ],
 )
 def test_wrong_options(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +50,8 @@ def test_all_forms_give_the_same_policy(given_form: Any) -> None:
 
 def test_one_pass_is_a_policy() -> None:
     assert as_policy(PASSES[0], TABLE) == Policy(PASSES[:1])
+    loose: tuple[Any, ...] = (PASSES[0], iter(PASSES[:1]))
+    assert all(Policy(given) == Policy(PASSES[:1]) for given in loose)
     assert as_policy("sensitivity", TABLE) == Policy((Sensitivity(),))
     assert as_policy("", TABLE) == Policy(())
 
@@ -162,6 +165,11 @@ BAD_TEXT = [
         "setting 'states' is given twice, at character 13 of policy 'states=keep;states=keep'",
     ),
     ("states=small", "states must be 'keep' or 'shrink', not 'small'"),
+    (
+        "protect=5;magnitude{sparsity=0.5}",
+        "protect must be a list of patterns such as ['encoder.*'], not 5",
+    ),
+    ("protect=none", "protect must be a list of patterns such as ['encoder.*'], not None"),
     ("protect=a", "protect must be a list of patterns such as ['encoder.*'], not 'a'"),
     (
         'sensitivity{criterion="\\x"}',
@@ -229,6 +237,17 @@ def test_other_things_are_no_policies(given_form: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         as_policy(given_form, TABLE)
     assert str(caught.value).endswith(message)
+
+
+def test_a_policy_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a policy holds passes, not None"):
+        Policy(None)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_read_back() -> None:
+    given = Magnitude(np.float64(0.5))
+    assert str(given) == "magnitude{sparsity=0.5}"
+    assert as_policy(str(given), TABLE) == Policy([given])
 
 
 # Protection ------------------------------------------------------------------------------------

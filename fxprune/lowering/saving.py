@@ -17,6 +17,7 @@ from fxprune.comparing import CHAOTIC
 from fxprune.errors import ConfigError, LoweringError
 from fxprune.lowering.comparison import OnnxCase, compare
 from fxprune.lowering.onnx_model import lower
+from fxprune.paths import as_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,9 +94,10 @@ def save_onnx(
         LoweringError: the program has no ONNX counterpart.
         VerificationError: the ONNX model computes something else.
     """
+    target = as_path(path)
     if not cases:
         raise ConfigError("save_onnx got no cases; a file must be compared before it is written.")
-    with _appearing(Path(path)) as temporary:
+    with _appearing(target) as temporary:
         lowered = lower(exported, input_names, dimension_names, opset)
         data = lowered.model.SerializeToString()
         _check(data)
@@ -104,7 +106,7 @@ def save_onnx(
     chaotic = any(verdict.chaotic for verdict in verdicts)
     operators = Counter(node.op_type for node in lowered.model.graph.node)
     return OnnxReport(
-        path=Path(path),
+        path=target,
         bytes=len(data),
         nodes=operators.total(),
         operators=dict(sorted(operators.items())),

@@ -24,6 +24,7 @@ from fxprune.masking.structures import STRUCTURES
 from fxprune.passes import DynamicPruning, Magnitude
 from fxprune.passes._dynamic_masks import FollowingMasks, Regrowth
 from fxprune.pipeline import Outcome, run_passes
+from fxprune.policy import as_policy
 from fxprune.program import Program, Refusal
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task
@@ -628,6 +629,13 @@ def test_sparsity_0_masks_nothing(program: Program) -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DynamicPruning(**({"sparsity": 0.5} | options))
+
+
+def test_lists_are_as_good_as_tuples() -> None:
+    lists: Any = ([0.5, 0.6], "connection+filter", ["group", "global"])
+    given = DynamicPruning(*lists)
+    assert given == DynamicPruning((0.5, 0.6), "connection+filter", ("group", "global"))
+    assert hash(given) == hash(as_policy(str(given), {given.name: DynamicPruning}).passes[0])
 
 
 # Forms of input -----------------------------------------------------------------------------------

@@ -446,7 +446,7 @@ def test_nothing_to_select_is_refused() -> None:
         ({}, "not neither"),
         ({"target": 0.5, "penalty": 0.1}, "not both"),
         ({"target": 1.0}, "'target' of pass 'neuron-selection' must be a number"),
-        ({"target": 0}, "'target' of pass 'neuron-selection' must be a number"),
+        ({"target": 0.0}, r"'target' .* must be a number in \(0, 1\), not 0\.0"),
         ({"penalty": -1.0}, "'penalty' of pass 'neuron-selection' must be a number"),
         ({"target": 0.5, "cost": "flops"}, "'cost' of pass 'neuron-selection' must be one of"),
         ({"target": 0.5, "criterion": "l1"}, "'criterion' of pass"),
