@@ -36,7 +36,7 @@ from fxprune.policy_text import format_options
 from fxprune.program import Program, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from fxprune.masking.masks import Masks
     from fxprune.training.task import Task
@@ -52,6 +52,7 @@ __all__ = [
     "Refusal",
     "check_choice",
     "check_count",
+    "check_idle",
     "check_number",
 ]
 
@@ -266,3 +267,22 @@ def check_choice(pass_: Pass, option: str, allowed: tuple[Any, ...]) -> None:
         raise ConfigError(
             f"option {option!r} of pass {pass_.name!r} must be one of {choices}, not {value!r}"
         )
+
+
+def check_idle(pass_: Pass, options: Iterable[str], chosen: str) -> None:
+    """Refuses options that have no effect with the others, unless they are at their default.
+
+    Args:
+        pass_: the pass.
+        options: their names.
+        chosen: what makes them idle, such as "criterion=std".
+
+    Raises:
+        ConfigError: with the option's name and that reason.
+    """
+    for option in sorted(options):
+        if getattr(pass_, option) != getattr(type(pass_), option):
+            raise ConfigError(
+                f"option {option!r} of pass {pass_.name!r} has no effect with {chosen}: leave it "
+                "out"
+            )

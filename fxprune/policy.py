@@ -49,7 +49,7 @@ class Policy:
     ``str(policy)`` is its text form; :func:`as_policy` reads it back.
 
     Attributes:
-        passes: several, or one; none prunes nothing.
+        passes: a list of them, or one; an empty list prunes nothing.
         protect: globs over parameter names, such as ``encoder.*``; see :func:`protected`.
         states: whether recurrent states that are inputs or outputs of the model keep their shape
             ("keep") or get smaller with their layer ("shrink").

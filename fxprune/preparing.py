@@ -174,13 +174,14 @@ def _split(passes: Sequence[Pass]) -> tuple[Sequence[Pass], LearnedPass | None, 
 
 
 def _checked_steps(learned: LearnedPass | None, steps: int | None, task: Task | None) -> int:
-    if learned is None:
+    if steps is None and learned is None:
         return 0
-    if steps is None and task is not None:
+    if steps is None and learned is not None and task is not None:
         return training_steps(task, learned.name)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        why = f"pass {learned.name!r} follows a schedule over the training: " if learned else ""
         raise ConfigError(
-            f"pass {learned.name!r} follows a schedule over the training: give steps=, the number "
-            f"of optimizer steps that your loop takes, at least 1, not {steps!r}"
+            f"{why}give steps=, the number of optimizer steps that your loop takes, at least 1, "
+            f"not {steps!r}"
         )
     return steps

@@ -35,9 +35,9 @@ from fxprune.contract import (
     Refusal,
     check_choice,
     check_count,
+    check_idle,
     check_number,
 )
-from fxprune.errors import ConfigError
 from fxprune.masking.cutting import SCOPES, cut_connections, cut_neurons, require_free_neurons
 from fxprune.masking.prunable import Prunable, Weight, find_prunable
 from fxprune.masking.scores import neuron_scores, position_scores
@@ -63,12 +63,12 @@ class Magnitude(Pass):
         scope: among which candidates the fraction is taken: "group" (default), each neuron group,
             or each weight, for itself; "class", each connection class (for neurons: recurrent
             ones and the rest); "global", all.
-        norm: the power of the magnitudes, 1 (default) or 2.
+        norm: the power of the magnitudes, 1 (default) or 2. Not for connections.
         round_to: keep a multiple of so many neurons in each group, more rather than fewer, since
             kernels are fastest at multiples of 4 or 8; 1 by default. Only for neurons.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or has no effect with the others.
 
     Example:
         >>> str(Magnitude(0.9, structure="connection"))
@@ -91,11 +91,10 @@ class Magnitude(Pass):
         check_choice(self, "scope", SCOPES)
         check_choice(self, "norm", (1, 2))
         check_count(self, "round_to")
-        if self.round_to > 1 and self.structure != "neuron":
-            raise ConfigError(
-                f"option 'round_to' of pass {self.name!r} rounds numbers of neurons, and "
-                f"structure={self.structure} removes none: leave it out"
-            )
+        if self.structure != "neuron":
+            check_idle(self, ("round_to",), f"structure={self.structure}, which removes no neurons")
+        if self.structure == "connection":
+            check_idle(self, ("norm",), "structure=connection, where a score is of one weight")
 
     def requires(self, program: Program, facts: Facts) -> None:
         """Where neurons are to go, some neuron must be free to.

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fxprune.analysis import Neurons
-from fxprune.contract import Facts, NeuronAnalysis, check_choice, check_number
+from fxprune.contract import Facts, NeuronAnalysis, check_choice, check_idle, check_number
 from fxprune.errors import ConfigError, PreconditionError, TrainingError
 from fxprune.learning import LearnedPass, Learning, Schedule
 from fxprune.learning.budget import Budget
@@ -70,11 +70,13 @@ class NeuronSelection(LearnedPass):
         drop: the probability p that a hard concrete gate is closed by in the beginning, in (0, 1).
         threshold: of group lasso, the fraction of its group's first mean norm below which a
             neuron goes.
-        ramp: the fraction of the training after which the goal stands at ``target``.
+        ramp: the fraction of the training after which the goal stands at ``target``; without one
+            there is no goal.
         end: the fraction after which gates are final; the rest trains what is left.
 
     Raises:
-        ConfigError: an option is out of range, or not exactly one of target and penalty is given.
+        ConfigError: an option is out of range, or has no effect with the others, or not exactly one
+            of target and penalty is given.
 
     Example:
         >>> str(NeuronSelection(target=0.1, cost="parameters"))
@@ -110,11 +112,24 @@ class NeuronSelection(LearnedPass):
         check_choice(self, "rows", (False, True))
         check_number(self, "ramp", 0, math.inf)
         check_number(self, "end", 0, math.inf)
-        if not self.ramp <= self.end <= 1:
+        self._check_idle()
+        if not (self.ramp if self.target is not None else 0) <= self.end <= 1:
             raise ConfigError(
                 f"options 'ramp' and 'end' of pass {self.name!r} must be fractions of the "
                 f"training, ramp <= end <= 1, not {self.ramp!r} and {self.end!r}"
             )
+
+    def _check_idle(self) -> None:
+        if self.criterion == "l0":
+            check_idle(self, ("threshold",), "criterion=l0")
+        else:
+            check_idle(self, ("rate", "drop"), "criterion=group_lasso")
+        if self.penalty is not None:
+            check_idle(self, ("ramp",), "a penalty, which is the same throughout")
+            if self.criterion == "group_lasso":
+                check_idle(
+                    self, ("cost",), "criterion=group_lasso and a penalty, which is of norms"
+                )
 
     def attach(self, program: Program, facts: Facts, steps: int) -> Learning:
         """Gives a gate to each neuron that may go.

@@ -40,9 +40,10 @@ from fxprune.contract import (
     Refusal,
     check_choice,
     check_count,
+    check_idle,
     check_number,
 )
-from fxprune.errors import ConfigError, PreconditionError
+from fxprune.errors import PreconditionError
 from fxprune.masking.cutting import (
     SCOPES,
     cut_connections,
@@ -121,12 +122,7 @@ class Sensitivity(Pass):
             idle |= {"batches", "row_floor"}
         elif self.structure == "neuron":
             idle.add("row_floor")
-        for option in sorted(idle):
-            if getattr(self, option) != getattr(type(self), option):
-                raise ConfigError(
-                    f"option {option!r} of pass {self.name!r} has no effect with "
-                    f"criterion={self.criterion} and structure={self.structure}: leave it out"
-                )
+        check_idle(self, idle, f"criterion={self.criterion} and structure={self.structure}")
 
     @property
     def _by_threshold(self) -> bool:

@@ -46,6 +46,7 @@ from fxprune.contract import (
     Refusal,
     check_choice,
     check_count,
+    check_idle,
     check_number,
 )
 from fxprune.errors import ConfigError
@@ -101,7 +102,7 @@ class StageWise(Pass):
             random numbers varies. It has no text form, and passes that differ in it are equal.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or has no effect with the others.
 
     Example:
         >>> str(StageWise(0.01, order="sequential", classes=("input", "recurrent")))
@@ -140,6 +141,8 @@ class StageWise(Pass):
         for option in ("rounds", "population", "generations"):
             check_count(self, option, 4 if (self.search, option) == ("cma", "population") else 1)
         check_count(self, "retries", 0)
+        if self.search != "ncs":
+            check_idle(self, ("step",), f"search={self.search}")
         self._check_classes()
         if self.recovery > self.tolerance:
             raise ConfigError(

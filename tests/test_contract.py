@@ -20,6 +20,7 @@ from fxprune.contract import (
     Pass,
     PassResult,
     check_choice,
+    check_idle,
     check_number,
 )
 from fxprune.errors import ConfigError, PassError
@@ -107,6 +108,15 @@ def test_options_out_of_range_are_refused(options: dict[str, object], message: s
     with pytest.raises(ConfigError) as caught:
         LSTMTwoWay(**options)  # type: ignore[arg-type]
     assert str(caught.value) == message
+
+
+def test_options_without_effect_are_refused_with_the_reason() -> None:
+    check_idle(LSTMTwoWay(1, steps=(1, 2)), ("steps", "seed"), "kind=soft")  # as by default
+    with pytest.raises(ConfigError) as caught:
+        check_idle(LSTMTwoWay(1, seed=0), ("steps", "seed"), "kind=soft")
+    assert str(caught.value) == (
+        "option 'seed' of pass 'lstm-two-way' has no effect with kind=soft: leave it out"
+    )
 
 
 def test_facts_are_computed_once_and_only_when_asked_for(program: Program) -> None:

@@ -117,6 +117,9 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         fxprune.prepare(Tagger(), GradualMagnitude(0.5), example_inputs=EXAMPLE)
     with pytest.raises(ConfigError, match="at least 1, not 0"):
         fxprune.prepare(Tagger(), GradualMagnitude(0.5), example_inputs=EXAMPLE, steps=0)
+    for steps in ("x", 0, 2.5, True):
+        with pytest.raises(ConfigError, match=f"give steps=.* at least 1, not {steps!r}"):
+            fxprune.prepare(Tagger(), Magnitude(0.5), example_inputs=EXAMPLE, steps=steps)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="both learn"):
         twice = [GradualMagnitude(0.5), GradualMagnitude(0.6)]
         fxprune.prepare(Tagger(), twice, example_inputs=EXAMPLE, steps=5)

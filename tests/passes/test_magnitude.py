@@ -466,7 +466,9 @@ def test_groups_keep_a_multiple(
 
 
 def test_only_numbers_of_neurons_are_rounded() -> None:
-    with pytest.raises(ConfigError, match="round_to"):
+    with pytest.raises(ConfigError, match=r"'round_to' .* no effect with structure=row"):
         Magnitude(0.5, structure="row", round_to=8)
+    with pytest.raises(ConfigError, match=r"'norm' .* no effect with structure=connection"):
+        Magnitude(0.5, structure="connection", norm=2)
     with pytest.raises(ConfigError, match="at least 1"):
         Magnitude(0.5, round_to=0)

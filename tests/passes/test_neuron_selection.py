@@ -20,6 +20,7 @@ from fxprune.learning.hard_concrete import HardConcrete
 from fxprune.masking.insertion import insert_masks
 from fxprune.passes import Magnitude, NeuronSelection
 from fxprune.passes.neuron_selection import _Selection
+from fxprune.policy import as_policy
 from fxprune.preparing import Prepared
 from fxprune.training import Task
 from fxprune.training.task import adam as default_adam
@@ -168,8 +169,9 @@ def test_hardened_is_what_was_evaluated(name: str, criterion: Any) -> None:
     model = by_name(name)
     torch.manual_seed(0)
     inputs = model.inputs(model.batch, model.time)
+    rate = 0.3 if criterion == "l0" else None
     options = NeuronSelection(
-        target=0.4, criterion=criterion, scope="all", rate=0.3, cost="parameters"
+        target=0.4, criterion=criterion, scope="all", rate=rate, cost="parameters"
     )
     made = fxprune.prepare(model.build(), options, example_inputs=inputs, steps=12)
     optimizer = torch.optim.SGD(made.module.parameters(), 0.05)
@@ -440,6 +442,9 @@ def test_nothing_to_select_is_refused() -> None:
         )
 
 
+LASSO = {"criterion": "group_lasso"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -455,8 +460,32 @@ def test_nothing_to_select_is_refused() -> None:
         ({"target": 0.5, "rate": 2}, "'rate' of pass"),
         ({"target": 0.5, "ramp": 0.9}, "'ramp' and 'end' of pass"),
         ({"target": 0.5, "end": 1.5}, "'ramp' and 'end' of pass"),
+        ({"penalty": 0.5, "end": 1.5}, "'ramp' and 'end' of pass"),
+        ({"target": 0.5, "threshold": 0.5}, "'threshold' .* has no effect with criterion=l0"),
+        ({"target": 0.5, **LASSO, "drop": 0.3}, "'drop' .* no effect with criterion=group_lasso"),
+        ({"target": 0.5, **LASSO, "rate": 0.2}, "'rate' .* no effect with criterion=group_lasso"),
+        ({"penalty": 0.5, "ramp": 0.2}, "'ramp' .* has no effect with a penalty"),
+        (
+            {"penalty": 0.5, **LASSO, "cost": "milliseconds"},
+            "'cost' .* has no effect with .* norms",
+        ),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NeuronSelection(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        NeuronSelection(
+            penalty=0.5, end=0.3
+        ),  # the default of what is idle never stands in the way
+        NeuronSelection(penalty=0.5, cost="parameters", drop=0.2),
+        NeuronSelection(target=0.5, criterion="group_lasso", cost="parameters", threshold=0.2),
+    ],
+    ids=str,
+)
+def test_options_that_have_an_effect_read_back(options: NeuronSelection) -> None:
+    assert as_policy(str(options), {options.name: NeuronSelection}).passes == (options,)

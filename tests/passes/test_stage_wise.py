@@ -571,6 +571,7 @@ def test_an_executor_has_no_text_form() -> None:
         ({"generations": 2.5}, "'generations' .* integer"),
         ({"search": "cma", "population": 3}, "'population' .* at least 4"),
         ({"search": "grid"}, "'search'"),
+        ({"search": "random", "step": 0.5}, "'step' .* has no effect with search=random: leave"),
         ({"most": 1.0}, "'most'"),
         ({"relative": 1}, "'relative'"),
     ],
