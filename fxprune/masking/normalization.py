@@ -2,6 +2,8 @@
 
 The compact program has no such neurons, so its plain normalization computes the same. Outputs at
 cut positions are finite and read by nothing.
+
+As in torch, values narrower than float32 are normalized in float32 and rounded once in the end.
 """
 
 from __future__ import annotations
@@ -32,23 +34,25 @@ def masked_layer_norm(
         >>> masked_layer_norm(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([1.0, 1.0, 0.0]))[0, :2]
         tensor([-1.0000,  1.0000])
     """
-    keep = keep.expand(x.shape[-1])
+    wide = _wide(x)
+    keep = keep.to(wide.dtype).expand(x.shape[-1])
     count = keep.sum().clamp(min=1)
-    mean = (x * keep).sum(-1, keepdim=True) / count
-    centred = (x - mean) * keep
+    mean = (wide * keep).sum(-1, keepdim=True) / count
+    centred = (wide - mean) * keep
     variance = (centred * centred).sum(-1, keepdim=True) / count
-    return _scaled(centred * torch.rsqrt(variance + eps), weight, bias)
+    return _scaled(centred * torch.rsqrt(variance + eps), weight, bias).to(x.dtype)
 
 
 def masked_rms_norm(
     x: Tensor, keep: Tensor, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """Root-mean-square norm over the kept positions; arguments as :func:`masked_layer_norm`."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    keep = keep.expand(x.shape[-1])
-    kept = x * keep
+    wide = _wide(x)
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
+    keep = keep.to(wide.dtype).expand(x.shape[-1])
+    kept = wide * keep
     mean = (kept * kept).sum(-1, keepdim=True) / keep.sum().clamp(min=1)
-    return _scaled(kept * torch.rsqrt(mean + eps), weight, None)
+    return _scaled(kept * torch.rsqrt(mean + eps), weight, None).to(x.dtype)
 
 
 def masked_group_norm(
@@ -70,15 +74,19 @@ def masked_group_norm(
         eps: added to the variance.
     """
     tail = (1,) * (x.dim() - 2)
-    split = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
-    kept = keep.expand(x.shape[1]).reshape(1, groups, -1, 1)
+    split = _wide(x).reshape(x.shape[0], groups, x.shape[1] // groups, -1)
+    kept = keep.to(split.dtype).expand(x.shape[1]).reshape(1, groups, -1, 1)
     count = (kept.sum(2, keepdim=True) * split.shape[-1]).clamp(min=1)
     mean = (split * kept).sum((2, 3), keepdim=True) / count
     centred = (split - mean) * kept
     variance = (centred * centred).sum((2, 3), keepdim=True) / count
     normal = (centred * torch.rsqrt(variance + eps)).reshape(x.shape)
     per_channel = [None if t is None else t.reshape(1, -1, *tail) for t in (weight, bias)]
-    return _scaled(normal, *per_channel)
+    return _scaled(normal, *per_channel).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

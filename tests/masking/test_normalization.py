@@ -48,6 +48,32 @@ def test_group_norm(gain: Any, bias: Any, tail: tuple[int, ...]) -> None:
     close(masked_group_norm(x, 2, keep, gain, bias)[:, KEPT], expected)
 
 
+WIDE = 512
+FIRST = torch.arange(WIDE) < 300
+PLAIN: dict[str, tuple[Any, Any]] = {
+    "layer": (lambda x: functional.layer_norm(x, x.shape[1:]), masked_layer_norm),
+    "rms": (lambda x: functional.rms_norm(x, x.shape[1:]), masked_rms_norm),
+    "group": (
+        lambda x: functional.group_norm(x, 1),
+        lambda x, keep: masked_group_norm(x, 1, keep),
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", [3e-4, 60.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_narrow_values_are_normalized_in_float32(
+    kind: str, dtype: torch.dtype, scale: float
+) -> None:
+    plain, masked = PLAIN[kind]
+    x = (scale * torch.randn(3, WIDE)).to(dtype)  # the squares of the larger ones overflow
+    result = masked(x, FIRST.float())
+    assert result.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(result[:, FIRST], plain(x[:, FIRST]), rtol=rounding, atol=1e-6)
+
+
 @pytest.mark.parametrize("function", [masked_layer_norm, masked_rms_norm])
 def test_with_nothing_kept_the_result_is_finite(function: Any) -> None:
     assert function(torch.randn(2, 6, dtype=torch.float64), torch.zeros_like(KEEP)).isfinite().all()
