@@ -61,7 +61,7 @@ class GroupLasso(NeuronGates):
         self.register_buffer("norm", norm)
         self.register_buffer("open", torch.ones(len(candidates), dtype=torch.bool))
         total, members = (
-            torch.zeros(len(candidates.floored)).index_add(0, candidates.group, v)
+            norm.new_zeros(len(candidates.floored)).index_add(0, candidates.group, v)
             for v in (norm, torch.ones_like(norm))
         )
         self.register_buffer("reference", (total / members.clamp(min=1))[candidates.group])
@@ -99,7 +99,8 @@ class GroupLasso(NeuronGates):
     def _norms(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The norm of what each candidate owns, [n], in float32."""
         numbers, count = self.candidates.numbers, len(self.candidates.living)
-        squares = torch.zeros(count + 1, device=numbers.device)  # the last: of no neuron
+        # The last: of no neuron.
+        squares = torch.zeros(count + 1, dtype=torch.float32, device=numbers.device)
         for name, owned in zip(self.names, self.weights, strict=True):
             squares = owned(squares, tensors[name])
         return (squares[numbers] + EPS).sqrt()

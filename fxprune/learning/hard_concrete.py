@@ -48,13 +48,13 @@ class HardConcrete(NeuronGates):
     def __init__(self, candidates: Candidates, cost: Cost, *, drop: float, rate: float) -> None:
         super().__init__(candidates)
         self.cost = cost
-        start = torch.full((len(candidates),), math.log((1 - drop) / drop))
+        start = torch.full((len(candidates),), math.log((1 - drop) / drop), dtype=torch.float32)
         self.logits = MaskVariables(start, rate=rate, bound=BOUND)
 
     def moving(self) -> Tensor:
         """One sample of each gate; a group of which none is open opens its most probable one."""
         a = self.logits.values
-        u = torch.rand(len(a), device=a.device).clamp(EPS, 1 - EPS)
+        u = torch.rand(len(a), dtype=a.dtype, device=a.device).clamp(EPS, 1 - EPS)
         gates = _stretched((u.logit() + a) / BETA)
         return torch.where(self.candidates.lacking(gates > 0, a), 1.0, gates)
 

@@ -37,7 +37,7 @@ class NeuronGates(Precise, ABC):
         super().__init__()
         self.candidates = candidates
         self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("final", torch.ones(len(candidates)))
+        self.register_buffer("final", torch.ones(len(candidates), dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The scale of each neuron, and whether it is there; [count + 1] each, 1 at the end."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 import fxprune
 from fxprune.errors import ConfigError, PreconditionError
-from fxprune.passes import GradualMagnitude, Magnitude, Sensitivity, StageWise
+from fxprune.passes import GradualMagnitude, Magnitude, NeuronSelection, Sensitivity, StageWise
 from fxprune.weights import owned, with_weights_of
 
 
@@ -95,6 +97,47 @@ def test_the_report_says_if_masks_were_not_final() -> None:
     assert any("masks were not final" in note for note in prepared.convert().report.notes)
     train(prepared, 1)
     assert prepared.convert().report.notes == ()
+
+
+@pytest.fixture
+def double_by_default() -> Iterator[None]:
+    """New tensors are float64 unless they say otherwise."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def normed(dtype: torch.dtype) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)).to(dtype)
+
+
+@pytest.mark.parametrize("criterion", ["l0", "group_lasso"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_any_precision_learn(dtype: torch.dtype, criterion: Any) -> None:
+    _learns(dtype, criterion)
+
+
+@pytest.mark.usefixtures("double_by_default")
+@pytest.mark.parametrize("criterion", ["l0", "group_lasso"])
+def test_what_torch_makes_by_default_does_not_matter(criterion: Any) -> None:
+    _learns(torch.float32, criterion)
+
+
+def _learns(dtype: torch.dtype, criterion: Any) -> None:
+    policy = NeuronSelection(0.5, criterion=criterion, scope="all", cost="parameters")
+    x = torch.randn(5, 4, dtype=dtype)
+    prepared = fxprune.prepare(normed(dtype), policy, example_inputs=x, steps=2)
+    before = {n: b.dtype for n, b in prepared.module.named_buffers()}
+    for _ in range(2):
+        loss = prepared.module(x).square().mean() + prepared.penalty()
+        loss.backward()
+        prepared.step()
+    assert {n: b.dtype for n, b in prepared.module.named_buffers()} == before
+    compact = prepared.convert()
+    result = compact.module(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, prepared.module.eval()(x), rtol=0.02, atol=0.02)
+    assert compact.report.parameters_after < compact.report.parameters_before
 
 
 def test_copies_are_refused() -> None:
