@@ -184,7 +184,9 @@ class _Shrinking:
         rank = x.meta["val"].dim()
         squeezed = sorted(dims_of(argument(node, "dim"), rank))
         dims = [d for d in squeezed if self.positions(x, d) is None]
-        if dims != squeezed:
+        if not dims:
+            twin.target, twin.args = aten.alias.default, twin.args[:1]
+        elif dims != squeezed:
             twin.target, twin.args = aten.squeeze.dims, (twin.args[0], dims)
 
     def _attention(self, node: fx.Node, twin: fx.Node) -> None:
