@@ -110,7 +110,15 @@ def _calls(given: Any) -> list[Call]:
             f"verify_inputs is {type(given).__name__}; give a list of calls, each built as "
             "example_inputs is."
         )
-    calls = [own_call(call) for call in given]
+    calls = []
+    for index, call in enumerate(given):
+        try:
+            calls.append(own_call(call))
+        except ConfigError as error:
+            raise ConfigError(
+                f"verify_inputs[{index}] is {type(call).__name__}; build each call as "
+                "example_inputs is."
+            ) from error
     if not calls:
         raise ConfigError("verify_inputs is empty; give at least one call, or leave it out.")
     return calls

@@ -426,6 +426,7 @@ def test_a_model_whose_every_neuron_is_frozen() -> None:
         ([torch.ones(3, 2, 9)], r"does not run on verify_inputs\[0\].*traced for \[any, any, 3\]"),
         ([frames(), (frames(), None, None)], r"does not run on verify_inputs\[1\]"),
         (3, "verify_inputs is int; give a list of calls"),
+        ([frames(), 3], r"verify_inputs\[1\] is int; build each call as example_inputs is"),
         (frames(), "verify_inputs is Tensor; give a list of calls"),
         ({"x": frames()}, "verify_inputs is dict; give a list of calls"),
     ],
