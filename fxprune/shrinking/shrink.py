@@ -242,13 +242,13 @@ class _Shrinking:
             # A unit that was cut, but had to stay physically, leaves as the zero it is.
             shown = stays & ~torch.isin(reader.neurons.reshape(-1), self.program.masks.neurons)
             places = torch.where(shown, stays.cumsum(0) - 1, int(stays.sum()))
-            with self.graph.inserting_after(part):
-                node = self._constant("places", places)
-            with self.graph.inserting_after(node):
-                left = self.graph.call_function(leave_state, (part, node))
-            left.meta = dict(part.meta)
-            for user in outward_users(reader.operand):
-                self.twins[user].replace_input_with(part, left)
+            # Each user has one of its own: a value with several is no state when traced again.
+            for user in (self.twins[u] for u in outward_users(reader.operand)):
+                with self.graph.inserting_before(user):
+                    node = self._constant("places", places)
+                    left = self.graph.call_function(leave_state, (part, node))
+                left.meta = dict(part.meta)
+                user.replace_input_with(part, left)
 
     # The rest of the program -----------------------------------------------------------------
 
