@@ -47,7 +47,7 @@ from examples.language_model import (
     judge,
     read_corpus,
 )
-from examples.result_lines import Run, add_result, markdown, read_results, spread
+from examples.result_lines import Run, add_result, by_setting, markdown, read_results, spread
 from fxprune import latency
 from fxprune.compact import Compact
 from fxprune.contract import Effect, Facts, NeuronAnalysis, Pass, PassResult
@@ -304,10 +304,6 @@ def table(runs: Sequence[Run]) -> str:
     )
 
 
-def _described(run: Run) -> str:
-    return ", ".join(f"{name} {value}" for name, value in run["setting"].items())
-
-
 def _of(setting: Setting, seeds: Sequence[int], out: Path) -> list[Run]:
     return [r for r in read_results(out) if r["setting"] == asdict(setting) and r["seed"] in seeds]
 
@@ -317,9 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.table is not None:
-        runs = read_results(options.table)
-        for values in dict.fromkeys(_described(r) for r in runs):
-            print(f"{values}:\n\n{table([r for r in runs if _described(r) == values])}\n")
+        print(by_setting(read_results(options.table), table))
         return 0
     setting = QUICK if options.quick else WORDS if options.words else Setting()
     setting = replace(setting, text="words" if options.words else "characters")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -43,3 +43,19 @@ def markdown(heads: str, rows: Iterable[Sequence[str]]) -> str:
     names = heads.split("|")
     rule = ["---", *["---:"] * (len(names) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (names, rule, *rows))
+
+
+def by_setting(runs: Sequence[Run], table: Callable[[Sequence[Run]], str]) -> str:
+    """Lay out a table for each setting, under the values in which the settings differ."""
+    settings: list[Mapping[str, Any]] = []
+    for run in runs:
+        if run["setting"] not in settings:
+            settings.append(run["setting"])
+    names = dict.fromkeys(name for setting in settings for name in setting)
+    differing = [n for n in names if any(s.get(n) != settings[0].get(n) for s in settings)]
+    parts = []
+    for setting in settings:
+        values = ", ".join(f"{name} {setting[name]}" for name in differing if name in setting)
+        heading = f"{values}:\n\n" if values else ""
+        parts.append(heading + table([r for r in runs if r["setting"] == setting]))
+    return "\n\n".join(parts)

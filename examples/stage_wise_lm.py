@@ -52,7 +52,7 @@ from examples.language_model import (
     judge,
     read_corpus,
 )
-from examples.result_lines import Run, add_result, read_results
+from examples.result_lines import Run, add_result, by_setting, read_results
 from examples.stage_wise_table import CLASSES, draw, table
 from fxprune.contract import Pass
 from fxprune.passes import GradualMagnitude, StageWise
@@ -123,7 +123,7 @@ WORDS = Setting(
     recovery=0.1,
 )
 """Few rounds, so each goes far; 10 % worse than dense is what the published point is."""
-LONG = replace(WORDS, epochs=8, rounds=10, falling=0.05, spread=0.1)
+LONG = replace(WORDS, epochs=8, retrain=3, rounds=10, falling=0.05, spread=0.1)
 """More and better training, of the dense model as well as in rounds, from the published start."""
 QUICK = Setting("characters", 16, 20_000, 2_000, 8, 25, 2, 1, 3, 4, 3)
 
@@ -307,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = LONG if options.long else WORDS if options.words else Setting()
         if options.quick:
             setting = replace(QUICK, text=setting.text)
+        given = {"rounds": options.rounds, "retrain": options.retrain}
+        setting = replace(setting, **{n: v for n, v in given.items() if v is not None})
         if options.search_only:
             setting = replace(setting, rounds=1, retrain=0, recovery=setting.tolerance)
         try:
@@ -323,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             experiment = Experiment(corpus, setting, seed, folder)
             experiment.missing(options.methods, options.gradual, options.out)
         runs = _of(setting, options.seeds, options.out)
-    print(table(runs))
+    print(by_setting(runs, table))
     if options.picture is not None:
         draw(runs, options.picture)
     return 0
@@ -339,6 +341,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--table", type=Path, help="only show the results in this file")
     add("--words", action="store_true", help="Penn Treebank, by words")
     add("--long", action="store_true", help="words, with more rounds and a rate that falls")
+    add("--rounds", type=int, help="of pruning and retraining, at most")
+    add("--retrain", type=int, help="epochs in each round")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     searched = [m for m in METHODS if m != "cma"]
     add("--methods", nargs="*", choices=METHODS, default=searched, help="[all but cma]")

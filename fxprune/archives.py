@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.comparing import compare_outputs, tolerance_of
 from fxprune.errors import ArchiveError, LoweringError
 from fxprune.paths import as_path
 from fxprune.program import Program, Refusal
@@ -22,7 +23,6 @@ from fxprune.tracing.modes import LOST_SWITCH, switchable
 from fxprune.tracing.recurrent import stock_operations
 from fxprune.tracing.sizes import at_sizes, check_example, example_sizes
 from fxprune.tracing.tracer import trace
-from fxprune.verify import compare_outputs, tolerance_of
 
 if TYPE_CHECKING:
     import os

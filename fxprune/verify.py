@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fxprune.program import Call, Program
     from fxprune.shrinking.shrink import Shrunk
 
-__all__ = ["compare_outputs", "tolerance_of", "verify_programs"]
+__all__ = ["verify_programs"]
 
 
 def verify_programs(

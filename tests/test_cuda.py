@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxprune
+from fxprune.comparing import compare_outputs
 from fxprune.passes import Magnitude
-from fxprune.verify import compare_outputs
 from tests.zoo import by_name
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from fxprune.comparing import compare_outputs, tolerance_of
 from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
 from fxprune.program import Call, InputSpec, Program, Refusal
 from fxprune.randomness import preserved_random_state
@@ -28,7 +29,6 @@ from fxprune.tracing.sizes import (
     squeezed_symbols,
 )
 from fxprune.trials import first_taken, other_values
-from fxprune.verify import compare_outputs, tolerance_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
