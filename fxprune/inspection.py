@@ -72,6 +72,10 @@ class View:
                 "and that you may write to"
             ) from error
 
+    def __repr__(self) -> str:
+        free = sum(int(group.free.sum()) for group in self.groups)
+        return f"View({len(self.groups)} groups, {free:,} neurons that may go; print it)"
+
     def __str__(self) -> str:
         sections = [_summary(self), _table_of_groups(self), _table_of_blocks(self)]
         if self.refusals:

@@ -45,6 +45,9 @@ class Prepared:
     _facts: Facts
     _policy: Policy
 
+    def __repr__(self) -> str:
+        return f"Prepared({self._policy}; train its module, then convert)"
+
     def penalty(self) -> Tensor:
         """What to add to the loss of each batch; zero unless a pass learns its masks by one."""
         if self._learning is not None:

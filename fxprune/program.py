@@ -66,6 +66,10 @@ class InputSpec:
     name: str
     shape: tuple[int | str, ...] | None
 
+    def __str__(self) -> str:
+        sizes = ", ".join("any" if isinstance(s, str) else str(s) for s in self.shape or ())
+        return f"{self.name} [{sizes}]" if self.shape is not None else self.name
+
 
 @dataclass(frozen=True)
 class Program:
@@ -101,6 +105,12 @@ class Program:
     mode_difference: str | None = None
     masks: Masks = field(default_factory=Masks)
     states: Literal["keep", "shrink"] = "keep"
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(map(str, self.inputs))
+        operations = sum(n.op == "call_function" for n in self.graph.nodes)
+        numbers = sum(t.numel() for n, t in self.tensors.items() if self.kinds[n] is Kind.PARAMETER)
+        return f"Program({inputs}; operations: {operations}, parameters: {numbers:,})"
 
     def nodes(self, target: Any) -> list[fx.Node]:
         """The calls of one operation, in execution order."""

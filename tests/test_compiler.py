@@ -182,6 +182,7 @@ def test_saving_onnx_reports_what_was_written(compact: fxprune.Compact, tmp_path
 def test_prepared_modules_have_no_penalty_by_default() -> None:
     prepared = fxprune.prepare(Tagger(), HALF, example_inputs=frames())
     assert float(prepared.penalty()) == 0.0
+    assert repr(prepared) == "Prepared(magnitude{sparsity=0.5}; train its module, then convert)"
     prepared.step()
     nothing = fxprune.prepare(nn.ReLU(), Magnitude(0.0), example_inputs=frames())
     assert float(nothing.penalty()) == 0.0

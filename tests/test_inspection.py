@@ -63,6 +63,13 @@ def test_text_lists_groups_and_blocks(view: View) -> None:
     assert str(view) == TEXT
 
 
+def test_representations_are_short(view: View) -> None:
+    assert repr(view) == "View(3 groups, 9 neurons that may go; print it)"
+    assert repr(trace(nn.Linear(3, 2), torch.zeros(4, 3))) == (
+        "Program(input [any, 3]; operations: 1, parameters: 8)"
+    )
+
+
 def test_graph_goes_through_graphml(view: View, tmp_path: Path) -> None:
     view.write_graphml(tmp_path / "graph.graphml")
     read = nx.read_graphml(tmp_path / "graph.graphml", force_multigraph=True)

@@ -46,12 +46,12 @@ class Step:
 
 
 def steps_of(exported: ExportedProgram) -> list[Step]:
-    """What a trace does, without what only one mode counts: the batches seen."""
+    """What a trace does, without what leads nowhere and what only one mode counts: batches seen."""
     places: dict[fx.Node, int] = {}
     steps: list[Step] = []
+    live = _live(exported.graph)
     for node in exported.graph.nodes:
-        counts = node.target == aten.add_.Tensor and _is_counter(node.args[0])
-        if counts or _is_counter(node) or _is_size(node):
+        if node not in live or _is_counter(node) or _is_size(node):
             continue
         places[node] = len(steps)
         arguments = () if node.op == "placeholder" else _arguments(node, places)
@@ -86,8 +86,9 @@ def compare_modes(
 
 
 def switchable(graph: fx.Graph) -> list[fx.Node]:
-    """The dropout, batch norm and attention calls of a graph, in order."""
-    return [n for n in graph.nodes if n.op == "call_function" and _name(n) in _FLAG]
+    """The dropout, batch norm and attention calls that lead to an output of a graph, in order."""
+    live = _live(graph)
+    return [n for n in graph.nodes if n in live and n.op == "call_function" and _name(n) in _FLAG]
 
 
 def without_dropout(module: fx.GraphModule) -> fx.GraphModule:
@@ -106,6 +107,17 @@ def without_dropout(module: fx.GraphModule) -> fx.GraphModule:
 def _drops(node: fx.Node) -> bool:
     name = _name(node) if node.op == "call_function" else ""
     return name in _FLAG and name != "batch_norm" and bool(_flag(node.args, _FLAG[name]))
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Inputs, what leads to an output, and what changes a value in place, but no counter."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        changes = schema is not None and schema.is_mutable and not _is_counter(node.args[0])
+        if node.op in ("placeholder", "output") or changes or not live.isdisjoint(node.users):
+            live.add(node)
+    return live
 
 
 def _is_counter(node: Any) -> bool:

@@ -116,6 +116,32 @@ def test_switches_of_a_program() -> None:
     assert [n.name in switches for n in nodes] == [True, False, True]
 
 
+class Unread(nn.Module):
+    """Computes what nothing reads, and drops what is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(5)
+        self.unread, self.read = nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [batch, 5, 3] to [batch, 5, 4]."""
+        y = self.linear(x)
+        self.norm(y)
+        self.unread(y)
+        dropped: Tensor = self.read(y)
+        return dropped
+
+
+def test_what_leads_nowhere_is_no_difference() -> None:
+    model = Unread()
+    assert both(model, frames()) == ([1.0], None)
+    program = fxprune.trace(model, frames())
+    assert program.mode_difference is None
+    module = program.module().train()
+    assert not torch.equal(module(frames()), module(frames()))
+
+
 def test_dropout_that_is_always_on_can_be_taken_out_for_a_comparison() -> None:
     module = fxprune.trace(nn.Sequential(nn.Linear(3, 4), Always()), frames()).module()
     still = without_dropout(module)
