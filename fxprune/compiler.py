@@ -84,7 +84,8 @@ def compile(
     with track("compile", 4, enabled=progress) as steps:
         program = as_program(model_or_program, example_inputs, dynamic_shapes)
         program = replace(program, states=chosen.states)
-        _require_runs(program, given or ())  # now, not after the training
+        if given is not None:
+            _require_runs(program, given)  # now, not after the training
         steps.advance()
         facts = Facts(program, Context(task, tuple(chosen.protect), progress))
         neurons = facts[NeuronAnalysis]
@@ -126,9 +127,10 @@ def _calls(given: Any) -> list[Call]:
 
 def _require_runs(program: Program, calls: Sequence[Call]) -> None:
     """Raises ConfigError if the program does not take one of the calls."""
+    module = program.module()
     for index, call in enumerate(calls):
         try:
-            run_call(program.module(), call)
+            run_call(module, call)
         except REJECTIONS as error:
             raise ConfigError(
                 f"the model does not run on verify_inputs[{index}]: {error}"

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from fxprune.lowering.onnx_model import Lowered
+    from fxprune.program import Call
 
 __all__ = ["OnnxCase", "compare"]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 _STAGE = "save_onnx"
 _REDUCED = (torch.float64, torch.float16, torch.bfloat16)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from fxprune.comparing import compare_outputs, tolerance_of
+from fxprune.comparing import compare_outputs, run_call, tolerance_of
 from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
 from fxprune.program import Call, InputSpec, Program, Refusal
 from fxprune.randomness import preserved_random_state
@@ -265,8 +265,7 @@ def _compare_calls(program: Program, model: nn.Module, call: Call) -> None:
         taken = first_taken(attempts, partial(_run, model))
         assert taken is not None  # the model ran on this call before
         call, expected = taken
-        with torch.no_grad(), preserved_random_state(0):
-            result = runnable(*_cloned(call)[0], **_cloned(call)[1])
+        result = run_call(runnable, call)
         difference = compare_outputs(expected, result)
         if not difference.within(tolerance_of(expected, "equal")):
             raise VerificationError(
@@ -327,8 +326,7 @@ def _agrees(
         return None
     call, expected = taken
     try:
-        with torch.no_grad(), preserved_random_state(0):
-            result = runnable(*_cloned(call)[0], **_cloned(call)[1])
+        result = run_call(runnable, call)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"the traced program fails at another size: {first}"

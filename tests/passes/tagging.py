@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fxprune.contract import Context, Facts, Pass
+from fxprune.pipeline import Outcome, run_passes
+from fxprune.program import Program
 from fxprune.training import Task
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "make_task",
     "momentum",
     "mse",
+    "prune",
     "tagger",
 ]
 
@@ -70,6 +74,13 @@ def make_task(**options: Any) -> Task:
         "epochs": 4,
     }
     return Task(**(given | options))
+
+
+def prune(
+    program: Program, *passes: Pass, task: Task | None = None, protect: tuple[str, ...] = ()
+) -> Outcome:
+    """Runs passes on a program, as ``compile`` does."""
+    return run_passes(program, passes, facts=Facts(program, Context(task, protect)))
 
 
 class KilledError(Exception):

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.contract import Context, Facts, Pass
 from fxprune.errors import ConfigError, PreconditionError, TrainingError
 from fxprune.masking.gating import mask_module_name
 from fxprune.passes import Magnitude, SparseConnectivity
 from fxprune.passes._connectivity_masks import ON, ConnectionMask
-from fxprune.pipeline import Outcome, run_passes
+from fxprune.pipeline import run_passes
 from fxprune.preparing import Prepared
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
-from fxprune.training import Task
 from tests.laws import assert_same
 from tests.passes.tagging import (
     BATCHES,
@@ -33,6 +31,7 @@ from tests.passes.tagging import (
     make_task,
     momentum,
     mse,
+    prune,
 )
 
 TOTAL = sum(WEIGHTS.values())
@@ -42,10 +41,6 @@ TOTAL = sum(WEIGHTS.values())
 def program() -> Program:
     torch.manual_seed(0)
     return trace(Tagger(), EXAMPLE)
-
-
-def prune(program: Program, *passes: Pass, task: Task, protect: tuple[str, ...] = ()) -> Outcome:
-    return run_passes(program, passes, facts=Facts(program, Context(task, protect)))
 
 
 def mask_of(prepared: Prepared, weight: str) -> ConnectionMask:

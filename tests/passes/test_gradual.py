@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.contract import Context, Facts, Pass
 from fxprune.errors import ConfigError, PreconditionError, TrainingError
 from fxprune.passes import GradualMagnitude, Magnitude
-from fxprune.pipeline import Outcome, run_passes
+from fxprune.pipeline import run_passes
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
-from fxprune.training import Task
 from tests.passes.tagging import (
     BATCHES,
     EXAMPLE,
@@ -30,6 +28,7 @@ from tests.passes.tagging import (
     make_task,
     momentum,
     mse,
+    prune,
 )
 
 CLASSES = {
@@ -44,10 +43,6 @@ CLASSES = {
 def program() -> Program:
     torch.manual_seed(0)
     return trace(Tagger(), EXAMPLE)
-
-
-def prune(program: Program, *passes: Pass, task: Task, protect: tuple[str, ...] = ()) -> Outcome:
-    return run_passes(program, passes, facts=Facts(program, Context(task, protect)))
 
 
 def recording(steps: list[dict[str, Tensor]]) -> Callable[[nn.Module, Tensor], Tensor]:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.analysis import Group, Neurons
-from fxprune.contract import Context, Facts, NeuronAnalysis
+from fxprune.contract import Facts, NeuronAnalysis
 from fxprune.errors import ConfigError, PreconditionError
 from fxprune.masking.masks import Masks
 from fxprune.passes.magnitude import Magnitude
-from fxprune.pipeline import Outcome, run_passes
 from fxprune.program import Program, Refusal
 from fxprune.shrinking.liveness import alive_neurons
 from fxprune.tracing.tracer import trace
+from tests.passes.tagging import prune
 from tests.zoo import by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
@@ -43,10 +43,6 @@ class Tagger(nn.Module):
 @pytest.fixture
 def tagger() -> Program:
     return trace(Tagger(), torch.zeros(4, 2, 3))
-
-
-def prune(program: Program, *passes: Magnitude, protect: tuple[str, ...] = ()) -> Outcome:
-    return run_passes(program, passes, facts=Facts(program, Context(protect=protect)))
 
 
 def analysis(program: Program) -> Neurons:

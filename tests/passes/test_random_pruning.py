@@ -9,19 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.contract import Context, Facts, NeuronAnalysis, Pass
+from fxprune.contract import Facts, NeuronAnalysis
 from fxprune.errors import ConfigError, PreconditionError
 from fxprune.passes import Magnitude, RandomPruning
-from fxprune.pipeline import Outcome, run_passes
 from fxprune.program import Program
 from fxprune.tracing.tracer import trace
+from tests.passes.tagging import prune
 from tests.zoo import by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
-
-
-def prune(program: Program, *passes: Pass, protect: tuple[str, ...] = ()) -> Outcome:
-    return run_passes(program, passes, facts=Facts(program, Context(protect=protect)))
 
 
 @pytest.fixture(scope="module", params=["lstm-projected-two-layer", "tied-projected-lm"])

@@ -16,14 +16,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
-from fxprune.contract import Context, Facts, NeuronAnalysis, Pass
+from fxprune.contract import Facts, NeuronAnalysis
 from fxprune.errors import ConfigError, PreconditionError, TrainingError
 from fxprune.masking.masks import Masks
 from fxprune.passes import Magnitude, Sensitivity
-from fxprune.pipeline import Outcome, run_passes
 from fxprune.program import Program, Refusal
 from fxprune.tracing.tracer import trace
 from fxprune.training import Task
+from tests.passes.tagging import prune
 
 WEIGHTS = ("stem.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "head.weight")
 
@@ -70,12 +70,6 @@ def model() -> Tagger:
 @pytest.fixture(scope="module")
 def tagger(model: Tagger) -> Program:
     return trace(model, torch.zeros(4, 2, 3))
-
-
-def prune(
-    program: Program, *passes: Pass, task: Task | None = None, protect: tuple[str, ...] = ()
-) -> Outcome:
-    return run_passes(program, passes, facts=Facts(program, Context(task, protect)))
 
 
 def with_weight(program: Program, name: str, value: Tensor) -> Program:
