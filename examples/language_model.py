@@ -121,13 +121,27 @@ class Reader:
         return logits.flatten(0, 1).float(), targets.flatten()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy per token of one batch; products are taken in bfloat16.
+        """Cross-entropy per token of one batch; products are taken in bfloat16 where they can be.
 
         Weights, their gradients and the optimizer stay in float32.
         """
-        with torch.autocast(batch[0].device.type, torch.bfloat16):
+        device = batch[0].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=products(device) == "bfloat16"):
             logits, targets = self(model, batch)
         return functional.cross_entropy(logits, targets)
+
+
+def products(device: str) -> str:
+    """The precision that products are taken in while training: "bfloat16" or "float32".
+
+    It is bfloat16 if the device computes in it. A processor that does not (one with AVX2 only) has
+    no LSTM in bfloat16 at all.
+    """
+    if torch.device(device).type == "cuda":
+        narrow = torch.cuda.is_bf16_supported()
+    else:
+        narrow = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if narrow else "float32"
 
 
 def falling(end: float, steps: int, optimizer: torch.optim.Optimizer) -> LambdaLR:

@@ -45,6 +45,7 @@ from examples.language_model import (
     batches,
     falling,
     judge,
+    products,
     read_corpus,
 )
 from examples.result_lines import Run, add_result, by_setting, markdown, read_results, spread
@@ -257,7 +258,7 @@ def _initialize(model: nn.Module) -> None:
 
 def missing(experiment: Experiment, methods: Sequence[str], out: Path) -> None:
     """Make the runs that the file lacks."""
-    setting, seed = experiment.setting, experiment.seed
+    setting, seed, device = experiment.setting, experiment.seed, experiment.device
     for method in METHODS:
         known = {r["method"]: r for r in _of(setting, [seed], out)}
         if method not in methods or method in known:
@@ -267,7 +268,8 @@ def missing(experiment: Experiment, methods: Sequence[str], out: Path) -> None:
         began = time.perf_counter()
         found = experiment.run(method, sizes)
         seconds = round(time.perf_counter() - began, 1)
-        add_result(out, {**head, **found, "device": experiment.device, "seconds": seconds})
+        made = {"device": device, "products": products(device), "seconds": seconds}
+        add_result(out, {**head, **found, **made})
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -50,6 +50,7 @@ from examples.language_model import (
     batches,
     falling,
     judge,
+    products,
     read_corpus,
 )
 from examples.result_lines import Run, add_result, by_setting, read_results
@@ -252,7 +253,8 @@ class Experiment:
                 head = {"setting": asdict(self.setting), "seed": self.seed, "method": method}
                 found = run()
                 seconds = round(time.perf_counter() - began, 1)
-                add_result(out, {**head, **found, "seconds": seconds})
+                made = {"products": products("cpu"), "seconds": seconds}
+                add_result(out, {**head, **found, **made})
 
     @property
     def _epochs(self) -> int:

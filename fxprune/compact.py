@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.analysis import Neurons
 from fxprune.archives import save_archive
-from fxprune.comparing import run_call
+from fxprune.calls import run_call
 from fxprune.masking.counting import Count, count
 from fxprune.masking.insertion import insert_masks
 from fxprune.naming import dimension_names

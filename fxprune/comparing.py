@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.randomness import preserved_random_state
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fxprune.program import Call
+    from fxprune.calls import Call
 
 __all__ = [
     "CHAOTIC",
@@ -31,7 +29,6 @@ __all__ = [
     "compare_outputs",
     "judge",
     "rounding_effect",
-    "run_call",
     "tolerance_of",
 ]
 
@@ -201,10 +198,3 @@ def _moved(x: Tensor) -> Tensor:
     scale = x.abs().max().nan_to_num()
     step = torch.finfo(x.dtype).eps * torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.where(x == 0, step, torch.nextafter(x, torch.full_like(x, float("inf"))))
-
-
-def run_call(module: Callable[..., Any], call: Call) -> Any:
-    """Runs a module on clones of a call, without gradients, always with the same random numbers."""
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
-    with preserved_random_state(0), torch.no_grad():
-        return module(*args, **kwargs)

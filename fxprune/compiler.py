@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fxprune.analysis import Neurons
+from fxprune.calls import Call, run_call
 from fxprune.compact import Compact, finish
-from fxprune.comparing import run_call
 from fxprune.contract import Context, Facts, NeuronAnalysis
 from fxprune.errors import ConfigError
 from fxprune.masking.insertion import insert_masks
 from fxprune.pipeline import run_passes
 from fxprune.policy import Policy, as_policy
-from fxprune.program import Call, Program
+from fxprune.program import Program
 from fxprune.progress import track
 from fxprune.tracing.tracer import own_call, trace
 from fxprune.trials import REJECTIONS

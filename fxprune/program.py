@@ -25,10 +25,9 @@ from fxprune.switching import insert_refusal, make_switchable
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-__all__ = ["InputSpec", "Kind", "Program", "Refusal", "check_input", "free_name"]
+    from fxprune.calls import Call
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one call of the model."""
+__all__ = ["InputSpec", "Kind", "Program", "Refusal", "check_input", "free_name"]
 
 aten = torch.ops.aten
 

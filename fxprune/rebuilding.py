@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from fxprune.comparing import compare_outputs, run_call, tolerance_of
+from fxprune.calls import run_call
+from fxprune.comparing import compare_outputs, tolerance_of
 from fxprune.errors import ConfigError, PreconditionError, VerificationError
 from fxprune.program import Kind
 from fxprune.trials import Trial, trials

@@ -21,7 +21,8 @@ from fxprune.tracing.sizes import at_sizes, candidate_sizes, example_sizes, size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from fxprune.program import Call, Program
+    from fxprune.calls import Call
+    from fxprune.program import Program
 
 __all__ = ["REJECTIONS", "Trial", "few_steps", "first_taken", "other_values", "trials"]
 

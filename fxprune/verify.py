@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.comparing import Difference, compare_outputs, judge, run_call, tolerance_of
+from fxprune.calls import run_call
+from fxprune.comparing import Difference, compare_outputs, judge, tolerance_of
 from fxprune.errors import VerificationError
 from fxprune.report import Verification
 from fxprune.tracing.modes import without_dropout
@@ -18,7 +19,8 @@ from fxprune.trials import Trial, few_steps, trials
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fxprune.program import Call, Program
+    from fxprune.calls import Call
+    from fxprune.program import Program
     from fxprune.shrinking.shrink import Shrunk
 
 __all__ = ["verify_programs"]

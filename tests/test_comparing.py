@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxprune.calls import Call, run_call
 from fxprune.comparing import (
     Difference,
     compare_outputs,
     judge,
     rounding_effect,
-    run_call,
     tolerance_of,
 )
-from fxprune.program import Call
 
 ONE = torch.tensor([1.0, 2.0])
 

@@ -12,10 +12,9 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.analysis import analyze
-from fxprune.comparing import run_call
+from fxprune.calls import Call, run_call
 from fxprune.errors import VerificationError
 from fxprune.masking.insertion import insert_masks
-from fxprune.program import Call
 from fxprune.shrinking.compact import compact_program
 from fxprune.trials import other_values, trials
 from fxprune.verify import verify_programs

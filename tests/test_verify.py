@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.analysis import analyze
+from fxprune.calls import Call
 from fxprune.commands.verifying import verify
 from fxprune.errors import VerificationError
 from fxprune.masking.insertion import insert_masks
 from fxprune.passes import Magnitude
-from fxprune.program import Call, Program
+from fxprune.program import Program
 from fxprune.shrinking.compact import compact_program
 from fxprune.shrinking.shrink import Shrunk
 from fxprune.verify import verify_programs

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fxprune
+from fxprune.calls import run_call
 from fxprune.comparing import (
     CHAOTIC,
     Difference,
     Verdict,
     compare_outputs,
     judge,
-    run_call,
     tolerance_of,
 )
 from fxprune.errors import ConfigError, VerificationError
@@ -27,7 +27,8 @@ from fxprune.tables import render_table
 from fxprune.trials import Trial, few_steps, trials
 
 if TYPE_CHECKING:
-    from fxprune.program import Call, Program
+    from fxprune.calls import Call
+    from fxprune.program import Program
 
 __all__ = ["run", "verify"]
 

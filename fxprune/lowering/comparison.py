@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxprune.calls import run_call
 from fxprune.comparing import (
     Difference,
     Verdict,
     compare_outputs,
     judge,
-    run_call,
     tolerance_of,
 )
 from fxprune.errors import ConfigError, LoweringError, VerificationError
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
+    from fxprune.calls import Call
     from fxprune.lowering.onnx_model import Lowered
-    from fxprune.program import Call
 
 __all__ = ["OnnxCase", "compare"]
 

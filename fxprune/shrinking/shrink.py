@@ -26,7 +26,7 @@ from fxprune.tracing.states import enter_state, leave_state
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fxprune.program import Call
+    from fxprune.calls import Call
 
 __all__ = ["Shrunk", "shrink"]
 

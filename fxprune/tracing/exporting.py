@@ -26,7 +26,8 @@ from fxprune.tracing.sizes import at_sizes, example_sizes
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from fxprune.program import Call, Program
+    from fxprune.calls import Call
+    from fxprune.program import Program
 
 __all__ = ["automatic_shapes", "export", "export_program"]
 

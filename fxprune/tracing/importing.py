@@ -23,7 +23,7 @@ from fxprune.tracing.simplify import simplify
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from fxprune.program import Call
+    from fxprune.calls import Call
 
 __all__ = ["import_program", "place_of", "size_of"]
 

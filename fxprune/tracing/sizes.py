@@ -19,7 +19,8 @@ from fxprune.tracing import packing, recurrent
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fxprune.program import Call, Program
+    from fxprune.calls import Call
+    from fxprune.program import Program
 
 __all__ = [
     "at_sizes",

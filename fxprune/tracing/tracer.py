@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from fxprune.comparing import compare_outputs, run_call, tolerance_of
+from fxprune.calls import Call, run_call
+from fxprune.comparing import compare_outputs, tolerance_of
 from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
-from fxprune.program import Call, InputSpec, Program, Refusal
+from fxprune.program import InputSpec, Program, Refusal
 from fxprune.randomness import preserved_random_state
 from fxprune.switching import EvalOnly
 from fxprune.tracing.exporting import automatic_shapes, export

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxprune.calls import Call
 from fxprune.errors import ConfigError, LoweringError, VerificationError
 from fxprune.lowering import OnnxCase, OnnxReport, save_onnx
-from fxprune.program import Call
 from tests.lowering.models import cases, export, no_files
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.program import Call
+from fxprune.calls import Call
 from fxprune.tracing.sizes import (
     at_sizes,
     candidate_sizes,
