@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxprune needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,demo,search,train]"
 	@touch $@
 
 $(BENCH): $(STAMP)
