@@ -309,8 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = LONG if options.long else WORDS if options.words else Setting()
         if options.quick:
             setting = replace(QUICK, text=setting.text)
-        given = {"rounds": options.rounds, "retrain": options.retrain}
-        setting = replace(setting, **{n: v for n, v in given.items() if v is not None})
+        given = {n: getattr(options, n) for n in ("rounds", "retrain", "recovery")}
+        given = {n: v for n, v in given.items() if v is not None}
+        setting = replace(setting, **given)
+        if options.search_only and given:
+            parser.error(f"--search-only: retrains nothing, so --{next(iter(given))} says nothing")
         if options.search_only:
             setting = replace(setting, rounds=1, retrain=0, recovery=setting.tolerance)
         try:
@@ -345,6 +348,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--long", action="store_true", help="words, with more rounds and a rate that falls")
     add("--rounds", type=int, help="of pruning and retraining, at most")
     add("--retrain", type=int, help="epochs in each round")
+    recovery_help = "how much worse than dense a retrained model may be, relative to its perplexity"
+    add("--recovery", type=float, help=recovery_help)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     searched = [m for m in METHODS if m != "cma"]
     add("--methods", nargs="*", choices=METHODS, default=searched, help="[all but cma]")

@@ -79,8 +79,20 @@ def test_searches_alone_are_not_trained_after(
     assert lm.main([*arguments, "--methods", "random"]) == 0
     random = next(r for r in read_results(out) if r["method"] == "random")
     assert random["spent"]["epochs"] == 0 and random["sparsity"] > 0
-    with pytest.raises(SystemExit):
-        lm.main([*arguments, "--methods", "sequential"])
+    for useless in (["--methods", "sequential"], ["--recovery", "0.2"]):
+        with pytest.raises(SystemExit):
+            lm.main([*arguments, *useless])
+
+
+def test_options_change_what_runs_have_in_common(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs.jsonl"
+    arguments = ["--data", str(data), "--quick", "--seeds", "3", "--out", str(out), "--methods"]
+    given = ["--rounds", "2", "--retrain", "0", "--recovery", "0.25"]
+    assert lm.main([*arguments, *given]) == 0
+    assert {r["method"] for r in read_results(out)} == {"dense", "dense, on"}
+    for run in read_results(out):
+        setting = run["setting"]
+        assert (setting["rounds"], setting["retrain"], setting["recovery"]) == (2, 0, 0.25)
 
 
 def test_gradual_needs_a_sparsity_to_be_given(
