@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.calls import run_call
+from fxprune.calls import Call, run_call
 from fxprune.comparing import Difference, compare_outputs, judge, tolerance_of
 from fxprune.errors import VerificationError
 from fxprune.report import Verification
@@ -19,7 +19,6 @@ from fxprune.trials import Trial, few_steps, trials
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fxprune.calls import Call
     from fxprune.program import Program
     from fxprune.shrinking.shrink import Shrunk
 

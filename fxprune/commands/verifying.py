@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.calls import run_call
+from fxprune.calls import Call, run_call
 from fxprune.comparing import (
     CHAOTIC,
     Difference,
@@ -27,7 +27,6 @@ from fxprune.tables import render_table
 from fxprune.trials import Trial, few_steps, trials
 
 if TYPE_CHECKING:
-    from fxprune.calls import Call
     from fxprune.program import Program
 
 __all__ = ["run", "verify"]

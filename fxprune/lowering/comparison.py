@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.calls import run_call
+from fxprune.calls import Call, run_call
 from fxprune.comparing import (
     Difference,
     Verdict,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from torch.export import ExportedProgram
 
-    from fxprune.calls import Call
     from fxprune.lowering.onnx_model import Lowered
 
 __all__ = ["OnnxCase", "compare"]

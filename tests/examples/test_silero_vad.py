@@ -66,12 +66,17 @@ def test_model_is_the_authors_graph_in_float64(kind: str, data_dir: Path) -> Non
 # differently. Where speech gives way to exact zeros the authors' file is itself 7e-6 from its
 # float64 result (the table that the example prints).
 @pytest.mark.parametrize(
-    ("kind", "bound"),
-    [("speech", 7e-6), ("speech, noise", 5e-6), ("speech, digital silence", 5e-5)],
+    ("kind", "whole_bound", "streaming_bound"),
+    [
+        ("speech", 6.5e-6, 7e-6),
+        ("speech, noise", 4e-6, 5e-6),
+        ("speech, digital silence", 4.3e-5, 5e-5),
+    ],
 )
 def test_agreement_in_float32(
     kind: str,
-    bound: float,
+    whole_bound: float,
+    streaming_bound: float,
     data_dir: Path,
     models: tuple[silero_vad.SileroVad, silero_vad.SileroVadSequence],
 ) -> None:
@@ -80,9 +85,9 @@ def test_agreement_in_float32(
     chunks = silero_vad.make_recording(digits, silero_vad.GAPS[kind]).chunks
     authors = silero_vad.run_authors_file(data_dir, chunks)
     whole = silero_vad.run_sequence(sequence, chunks)
-    assert silero_vad.max_difference(whole, authors) <= bound
+    assert silero_vad.max_difference(whole, authors) <= whole_bound
     streamed = silero_vad.stream(streaming, chunks)
-    assert silero_vad.max_difference(streamed, authors) <= bound
+    assert silero_vad.max_difference(streamed, authors) <= streaming_bound
     assert float(authors.min()) < 0.1 and float(authors.max()) > 0.9  # both answers occur
 
 
