@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fxprune.learning import Learning, Schedule
 from fxprune.masking.branches import batch_normalized
 from fxprune.masking.gating import GATES, insert_gates, mask_module_name, masked_straight_through
-from fxprune.masking.structures import NEURON_STRUCTURES, Structure
+from fxprune.masking.structure import Structure
+from fxprune.masking.structures import NEURON_STRUCTURES
 from fxprune.training.checkpoint import tensors_of
 from fxprune.weights import owned, with_weights_of
 

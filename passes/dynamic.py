@@ -50,7 +50,8 @@ from fxprune.errors import ConfigError, PreconditionError
 from fxprune.learning import LearnedPass, Learning, Schedule
 from fxprune.masking.cutting import SCOPES, require_free_neurons
 from fxprune.masking.prunable import Prunable, find_prunable
-from fxprune.masking.structures import NEURON_STRUCTURES, STRUCTURES, Structure, make_structure
+from fxprune.masking.structure import Structure
+from fxprune.masking.structures import NEURON_STRUCTURES, STRUCTURES, make_structure
 from fxprune.passes._dynamic_masks import FollowingMasks, Regrowth
 from fxprune.policy import protected
 

@@ -11,8 +11,8 @@ Structures:
     3. ``neuron``: neurons, scored over the weights that begin or end at them, cut off.
 
 Left alone, each with its reason: what is protected or gone; tensors of one dimension, and those
-that no operation contracts with; frozen neurons (for structure ``neuron``); the best neuron of a
-group, row or column of a weight, where all would have gone.
+that no operation contracts with; frozen neurons (for structure ``neuron``), and rows that lead to
+them (``row``); the best neuron of a group, row or column of a weight, where all would have gone.
 
 Source: Han, Pool, Tran, Dally, "Learning both weights and connections for efficient neural
 networks", https://arxiv.org/abs/1506.02626.
@@ -23,29 +23,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
 from fxprune.contract import (
     Effect,
     Facts,
     NeuronAnalysis,
     Pass,
     PassResult,
-    Refusal,
     check_choice,
     check_count,
     check_idle,
     check_number,
 )
 from fxprune.masking.cutting import SCOPES, cut_connections, cut_neurons, require_free_neurons
-from fxprune.masking.prunable import Prunable, Weight, find_prunable
-from fxprune.masking.scores import neuron_scores, position_scores
-from fxprune.masking.selection import select_lowest
+from fxprune.masking.positions import make_positions
+from fxprune.masking.prunable import find_prunable
+from fxprune.masking.scores import neuron_scores
 from fxprune.policy import protected
 
 if TYPE_CHECKING:
-    from fxprune.masking.masks import Masks
     from fxprune.program import Program
 
 __all__ = ["Magnitude"]
@@ -118,56 +113,10 @@ class Magnitude(Pass):
             keep = cut_connections(found.maskable, self.sparsity, self.scope)
             masks, refusals = masks.cut_connections(keep), found.kept_weights
         else:
-            masks, refusals = self._mask_positions(masks, found)
+            positions = make_positions(self.structure, found, self.scope, self.norm)
+            tensors = {w.name: w.tensor for w in found.maskable}
+            goes, refusals = positions.lowest(positions.scores(tensors), self.sparsity)
+            keep = positions.masks(~goes)
+            whole = {n: keep[n].expand(t.shape).contiguous() for n, t in tensors.items()}
+            masks = masks.cut_connections({n: m for n, m in whole.items() if not bool(m.all())})
         return PassResult.masking(program, masks, refusals)
-
-    def _mask_positions(self, masks: Masks, found: Prunable) -> tuple[Masks, tuple[Refusal, ...]]:
-        weights = found.maskable
-        dims = [_position_dims(w, self.structure) for w in weights]
-        measured = [position_scores(w, d, self.norm) for w, d in zip(weights, dims, strict=True)]
-        if not measured:
-            return masks, found.kept_weights
-        left = torch.cat([able for _, able in measured])
-        group = torch.repeat_interleave(
-            torch.arange(len(weights)), torch.tensor([len(able) for _, able in measured])
-        )
-        goes = torch.zeros_like(left)
-        goes[left], floored = select_lowest(
-            torch.cat([scores for scores, _ in measured])[left],
-            self._scope(group[left], _classes(weights)),
-            group[left],
-            torch.ones(len(weights), dtype=torch.bool),
-            self.sparsity,
-        )
-        keep = {}
-        for weight, along, gone in zip(
-            weights, dims, goes.split([len(able) for _, able in measured]), strict=True
-        ):
-            if bool(gone.any()):
-                shape = [n if d in along else 1 for d, n in enumerate(weight.tensor.shape)]
-                stays = ~gone.reshape(shape).to(weight.tensor.device)
-                keep[weight.name] = stays.expand(weight.tensor.shape).contiguous()
-        kept = tuple(_floor_refusal(weights[i].name) for i in floored.nonzero().flatten().tolist())
-        return masks.cut_connections(keep), (*found.kept_weights, *kept)
-
-    def _scope(self, group: Tensor, class_of_group: Tensor) -> Tensor:
-        """Which candidates compete, from their groups."""
-        if self.scope == "group":
-            return group
-        return class_of_group[group] if self.scope == "class" else torch.zeros_like(group)
-
-
-def _classes(weights: tuple[Weight, ...]) -> Tensor:
-    order = sorted({w.connection_class for w in weights})
-    return torch.tensor([order.index(w.connection_class) for w in weights], dtype=torch.int64)
-
-
-def _position_dims(weight: Weight, structure: str) -> tuple[int, ...]:
-    """A row is one position along the outputs; a column one along all other dimensions."""
-    if structure == "row":
-        return weight.output_dims
-    return tuple(d for d in range(weight.tensor.dim()) if d not in weight.output_dims)
-
-
-def _floor_refusal(name: str) -> Refusal:
-    return Refusal(name, "kept its best one, though it was among the lowest: none may go empty")

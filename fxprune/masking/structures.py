@@ -27,9 +27,8 @@ https://doi.org/10.1109/access.2023.3267469; what a score is and how many compet
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING
@@ -38,11 +37,13 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.classes import LAYERS
-from fxprune.analysis.walker import CONVOLUTIONS, operation_name
 from fxprune.masking.branches import Branch, find_branches
 from fxprune.masking.cutting import cut_connections, cut_neurons, scored
-from fxprune.masking.scores import neuron_scores, position_scores
-from fxprune.masking.selection import removal_count, select_lowest
+from fxprune.masking.ends import seen_from, weights_of
+from fxprune.masking.positions import POSITION_STRUCTURES, make_positions
+from fxprune.masking.scores import neuron_scores
+from fxprune.masking.selection import removal_count
+from fxprune.masking.structure import Selected, Structure, Values, at_values
 from fxprune.program import Refusal
 
 if TYPE_CHECKING:
@@ -50,55 +51,10 @@ if TYPE_CHECKING:
     from fxprune.policy import Protection
     from fxprune.program import Program
 
-__all__ = ["NEURON_STRUCTURES", "STRUCTURES", "Selected", "Structure", "make_structure"]
+__all__ = ["NEURON_STRUCTURES", "STRUCTURES", "make_structure"]
 
-POSITION_STRUCTURES = ("kernel-row", "kernel-column", "kernel", "row", "column")
 NEURON_STRUCTURES = ("filter", "channel", "neuron")
 STRUCTURES = ("connection", *POSITION_STRUCTURES, *NEURON_STRUCTURES, "depth")
-
-Values = Mapping[str, Tensor]
-"""The weights as they are at the moment, by name; buffers that serve as weights among them."""
-
-Selected = tuple[Tensor, tuple[Refusal, ...]]
-"""Which candidates go, bool [size], and what stays for a reason other than its score."""
-
-_NONE = torch.empty(0, dtype=torch.int64)
-
-
-class Structure(ABC):
-    """All candidates of one kind in a program, numbered from 0.
-
-    Attributes:
-        name: the structure.
-        size: number of candidates.
-    """
-
-    name: str
-    size: int
-
-    @abstractmethod
-    def scores(self, values: Values) -> Tensor:
-        """How much each candidate weighs, float [size] on the CPU, at least 0 or infinite."""
-
-    @abstractmethod
-    def lowest(self, scores: Tensor, sparsity: float) -> Selected:
-        """The candidates that go: a fraction of those that compete, those with the lowest scores.
-
-        What was masked when the structure was made does not compete, and does not go.
-        """
-
-    def masks(self, keep: Tensor) -> dict[str, Tensor]:
-        """The masks of tensors that keeping these candidates means, each broadcastable."""
-        return {}
-
-    def cut(self, keep: Tensor) -> Tensor:
-        """The numbers of the neurons that dropping the other candidates cuts."""
-        return _NONE
-
-    @property
-    def ends(self) -> tuple[fx.Node, ...]:
-        """The value that each candidate computes, where candidates are parts of the graph."""
-        return ()
 
 
 def make_structure(
@@ -116,89 +72,13 @@ def make_structure(
     if name == "connection":
         return _Connections(name, sum(w.tensor.numel() for w in found.maskable), found, scope)
     if name in NEURON_STRUCTURES:
-        weights = tuple(_seen_from(name, w, found) for w in found.weights)
-        rows = _weights_of(found, LAYERS) if name == "filter" else frozenset()
+        weights = tuple(seen_from(name, w, found) for w in found.weights)
+        rows = weights_of(found, LAYERS) if name == "filter" else frozenset()
         return _Neurons(name, found.neurons.count, found, weights, scope, rows)
     if name == "depth":
         branches, refusals = find_branches(program, found.neurons, protection)
         return _Branches(name, len(branches), branches, refusals)
-    kernels = _weights_of(found, CONVOLUTIONS)
-    dims = tuple(position_dims(w, name, w.name in kernels) for w in found.maskable)
-    able = [position_scores(w, d, 1)[1] for w, d in zip(found.maskable, dims, strict=True)]
-    kept: list[Refusal] = []
-    if name == "row":
-        for i, weight in enumerate(found.maskable):
-            fixed = _rows_of_fixed_neurons(weight, dims[i], found)
-            if bool(fixed.any()):
-                able[i] &= ~fixed
-                kept.append(
-                    Refusal(weight.name, f"{int(fixed.sum())} rows stay, as their neurons must")
-                )
-    every = torch.cat([torch.zeros(0, dtype=torch.bool), *able])
-    return _Positions(name, len(every), found, dims, every, scope, tuple(kept))
-
-
-def position_dims(weight: Weight, structure: str, kernel: bool) -> tuple[int, ...]:
-    """The dimensions of a weight along which its candidates are numbered.
-
-    Args:
-        weight: the weight.
-        structure: a position structure.
-        kernel: whether its dimensions from the third on are those of a kernel.
-    """
-    every = tuple(range(weight.tensor.dim()))
-    if structure == "row":
-        return weight.output_dims
-    if structure == "column":
-        return tuple(d for d in every if d not in weight.output_dims)
-    if not kernel:
-        return every
-    if structure == "kernel":
-        return every[:2]
-    if structure == "kernel-row":
-        return every[:-1]
-    return (*every[:-2], every[-1]) if len(every) > 3 else every  # a kernel of one row
-
-
-def _rows_of_fixed_neurons(weight: Weight, dims: tuple[int, ...], found: Prunable) -> Tensor:
-    """Which rows lead to neurons that are to stay: without theirs, an output would be constant."""
-    fixed = torch.zeros([n if d in dims else 1 for d, n in enumerate(weight.tensor.shape)]).bool()
-    for axis in _seen_from("filter", weight, found).axes:
-        if set(_varying(axis)) <= set(dims):
-            fixed |= (axis >= 0) & ~found.neurons.free[axis.clamp(min=0)]
-    return fixed.flatten()
-
-
-def _weights_of(found: Prunable, operations: Collection[str]) -> frozenset[str]:
-    """The weights that such operations read."""
-    return frozenset(
-        name
-        for b in found.neurons.blocks
-        if operation_name(b.consumer) in operations
-        for name in b.weights
-    )
-
-
-def _seen_from(structure: str, weight: Weight, found: Prunable) -> Weight:
-    """The weight with the neurons that it counts for: those it enters, leaves, or both."""
-    if structure == "neuron":
-        return weight
-    blocks = [b for b in found.neurons.blocks if weight.name in b.weights]
-    if all(b.direct for b in blocks):
-        ends = [b.destinations if structure == "filter" else b.sources for b in blocks]
-        axes = [a for i, a in enumerate(ends) if not any(torch.equal(a, b) for b in ends[:i])]
-    else:  # read rearranged: by the dimension that outputs lie along
-        out = [set(_varying(a)) <= set(weight.output_dims) for a in weight.axes]
-        axes = [a for a, o in zip(weight.axes, out, strict=True) if o == (structure == "filter")]
-    return replace(weight, axes=tuple(a for a in axes if bool((a >= 0).any())))
-
-
-def _varying(axis: Tensor) -> tuple[int, ...]:
-    return tuple(d for d, size in enumerate(axis.shape) if size > 1)
-
-
-def _updated(weights: Sequence[Weight], values: Values) -> list[Weight]:
-    return [replace(w, tensor=values[w.name]) for w in weights]
+    return make_positions(name, found, scope, 1)
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
@@ -234,51 +114,6 @@ class _Connections(Structure):
 
 
 @dataclass(frozen=True)
-class _Positions(Structure):
-    """Positions along some dimensions of each weight."""
-
-    name: str
-    size: int
-    found: Prunable
-    dims: tuple[tuple[int, ...], ...]
-    able: Tensor
-    scope: str
-    kept: tuple[Refusal, ...]
-
-    def scores(self, values: Values) -> Tensor:
-        weights = _updated(self.found.maskable, values)
-        return _flat([position_scores(w, d, 1)[0] for w, d in zip(weights, self.dims, strict=True)])
-
-    def lowest(self, scores: Tensor, sparsity: float) -> Selected:
-        weights = self.found.maskable
-        goes, able = torch.zeros(self.size, dtype=torch.bool), self.able
-        if not bool(able.any()):
-            return goes, (*self.found.kept_weights, *self.kept)
-        group = torch.repeat_interleave(torch.tensor([_positions(s) for s in self._shapes()]))
-        kinds = sorted({w.connection_class for w in weights})
-        classes = torch.tensor([kinds.index(w.connection_class) for w in weights])
-        rivals = {"group": group, "class": classes[group]}.get(self.scope, torch.zeros_like(group))
-        floor = torch.ones(len(weights), dtype=torch.bool)
-        goes[able], floored = select_lowest(
-            scores[able], rivals[able], group[able], floor, sparsity
-        )
-        kept = (_best_kept(weights[i].name) for i in floored.nonzero().flatten().tolist())
-        return goes, (*self.found.kept_weights, *self.kept, *kept)
-
-    def masks(self, keep: Tensor) -> dict[str, Tensor]:
-        shapes = self._shapes()
-        parts = keep.split([_positions(s) for s in shapes]) if shapes else ()
-        weights = self.found.maskable
-        return {w.name: p.view(s) for w, p, s in zip(weights, parts, shapes, strict=True)}
-
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [
-            tuple(n if d in along else 1 for d, n in enumerate(w.tensor.shape))
-            for w, along in zip(self.found.maskable, self.dims, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
 class _Neurons(Structure):
     """Neurons, judged by some or all of their weights; the rows of some may be masked with them."""
 
@@ -290,7 +125,7 @@ class _Neurons(Structure):
     rows: frozenset[str]
 
     def scores(self, values: Values) -> Tensor:
-        return neuron_scores(_updated(self.weights, values), self.size, 1)
+        return neuron_scores(at_values(self.weights, values), self.size, 1)
 
     def lowest(self, scores: Tensor, sparsity: float) -> Selected:
         goes = torch.zeros(self.size, dtype=torch.bool)
@@ -347,11 +182,3 @@ class _Branches(Structure):
     @property
     def ends(self) -> tuple[fx.Node, ...]:
         return tuple(branch.end for branch in self.branches)
-
-
-def _positions(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _best_kept(name: str) -> Refusal:
-    return Refusal(name, "kept its best one, though it was among the lowest: none may go empty")

@@ -12,7 +12,8 @@ from fxprune.analysis import Neurons, analyze
 from fxprune.masking.branches import find_branches
 from fxprune.masking.masks import Masks
 from fxprune.masking.prunable import find_prunable
-from fxprune.masking.structures import STRUCTURES, Structure, make_structure
+from fxprune.masking.structure import Structure
+from fxprune.masking.structures import STRUCTURES, make_structure
 from fxprune.policy import protected
 from fxprune.program import Program, Refusal
 from fxprune.tracing.tracer import trace

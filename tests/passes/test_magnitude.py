@@ -257,7 +257,8 @@ def test_tied_weight_is_one_weight() -> None:
 @pytest.mark.parametrize("norm", [1, 2])
 def test_lowest_rows_and_columns_are_masked(tagger: Program, structure: Any, norm: Any) -> None:
     masks = prune(tagger, Magnitude(0.5, structure, norm=norm)).program.masks
-    for name in CLASSES:
+    assert CLASSES.keys() - masks.connections.keys() <= {"head.weight"}  # see the next test
+    for name in CLASSES.keys() & masks.connections.keys():
         weight = tagger.tensors[name].detach()
         weight = weight if structure == "row" else weight.T
         scores = {i: float(r.double().abs().pow(norm).mean()) for i, r in enumerate(weight)}
@@ -266,6 +267,14 @@ def test_lowest_rows_and_columns_are_masked(tagger: Program, structure: Any, nor
         gone = {i for i in range(len(keep)) if not bool(keep[i].any())}
         assert gone == lowest(scores, 0.5)
         assert int((~keep).sum()) == len(gone) * keep.shape[1]
+
+
+def test_rows_of_neurons_that_must_stay_are_kept(tagger: Program) -> None:
+    outcome = prune(tagger, Magnitude(0.5, "row"))
+    assert "head.weight" not in outcome.program.masks.connections
+    assert Refusal("head.weight", "2 rows stay, as their neurons must") in outcome.refusals
+    columns = prune(tagger, Magnitude(0.5, "column")).program.masks.connections
+    assert not bool(columns["head.weight"].all())
 
 
 def test_rows_are_outputs_whichever_way_the_weight_lies() -> None:
@@ -283,19 +292,24 @@ def test_rows_are_outputs_whichever_way_the_weight_lies() -> None:
     program = trace(Model(), torch.zeros(1, 5, dtype=torch.long))
     rows = prune(program, Magnitude(0.5, "row")).program.masks.connections
     columns = prune(program, Magnitude(0.5, "column")).program.masks.connections
-    shown = {name: (int((~rows[name]).sum()), int((~columns[name]).sum())) for name in rows}
-    assert shown == {
-        "embedding.weight": (2 * 10, 5 * 4),  # channels; rows of the table
-        "up.weight": (3 * 4 * 3, 6 * 6),  # output channels; input channels at kernel places
-        "out": (1 * 6, 3 * 2),
+    assert {name: int((~keep).sum()) for name, keep in rows.items()} == {
+        "embedding.weight": 2 * 10,  # channels
+        "up.weight": 3 * 4 * 3,  # output channels
+    }
+    assert {name: int((~keep).sum()) for name, keep in columns.items()} == {
+        "embedding.weight": 5 * 4,  # rows of the table
+        "up.weight": 6 * 6,  # input channels at kernel places
+        "out": 3 * 2,
     }
 
 
-@pytest.mark.parametrize("scope", ["global", "class"])
-def test_weights_keep_a_row(tagger: Program, scope: Any) -> None:
-    outcome = prune(scaled(tagger, "stem", 1e-6), Magnitude(0.9, "row", scope))
+@pytest.mark.parametrize(
+    ("structure", "scope"), [("row", "global"), ("column", "global"), ("column", "class")]
+)
+def test_weights_keep_a_position(tagger: Program, structure: Any, scope: Any) -> None:
+    outcome = prune(scaled(tagger, "stem", 1e-6), Magnitude(0.9, structure, scope))
     stem = outcome.program.masks.connections["stem.weight"]
-    assert int(stem.any(dim=1).sum()) == 1
+    assert int(stem.any(dim=1 if structure == "row" else 0).sum()) == 1
     assert Refusal("stem.weight", FLOOR) in outcome.refusals
 
 
