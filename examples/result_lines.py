@@ -6,11 +6,12 @@ A run is written whole or not at all, so a script that was killed goes on behind
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from fxprune.files import write_whole
 
 Run = Mapping[str, Any]
 
@@ -25,9 +26,7 @@ def add_result(path: Path, run: Run) -> None:
     """Add a run to the file, which holds either all of it or nothing."""
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(whole + json.dumps(run) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, f"{whole}{json.dumps(run)}\n".encode())
 
 
 def spread(values: Sequence[float], form: str) -> str:

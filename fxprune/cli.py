@@ -114,11 +114,12 @@ def inspect(
     Example:
       fxprune inspect m.pt2 --picture m.svg
     """
-    from fxprune.commands.loading import check_target, load_subject
+    from fxprune.commands.loading import load_subject
+    from fxprune.files import target_of
     from fxprune.inspection import inspect as look
 
-    for target in (graphml, picture):
-        check_target(target)
+    for target in filter(None, (graphml, picture)):
+        target_of(target)  # before any work
     subject = load_subject(model)
     view = look(subject.model, subject.example_inputs)
     typer.echo(str(view))
@@ -254,10 +255,10 @@ def demo(
     Example:
       fxprune demo -o digits.onnx
     """
-    from fxprune.commands.loading import check_target
     from fxprune.demo import run
+    from fxprune.files import target_of
 
-    check_target(output)
+    target_of(output)  # before any work
     run(output, say=typer.echo)
 
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch
 
 from fxprune.analysis.neurons import ConnectionClass
 from fxprune.errors import ConfigError
+from fxprune.files import write_whole
 from fxprune.paths import as_path
 
 if TYPE_CHECKING:
@@ -62,13 +63,7 @@ def draw(graph: nx.MultiDiGraph, path: str | os.PathLike[str]) -> None:
         )
     buffer = io.BytesIO()
     _figure_of(graph).savefig(buffer, format=kind, dpi=110)
-    try:
-        target.write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {target}: {error.strerror}. Choose a folder that exists and that you "
-            "may write to"
-        ) from error
+    write_whole(target, buffer.getvalue())
 
 
 def layers_of(graph: nx.MultiDiGraph) -> dict[str, int]:

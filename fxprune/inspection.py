@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from fxprune.analysis.classes import distinct
-from fxprune.errors import ConfigError
+from fxprune.files import write_whole
 from fxprune.paths import as_path
 from fxprune.tables import render_pairs, render_table
 
@@ -63,14 +64,9 @@ class View:
         Raises:
             ConfigError: the file cannot be written.
         """
-        target = as_path(path)
-        try:
-            nx.write_graphml(self.graph, str(target))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {target}: {error.strerror}. Choose a folder that exists "
-                "and that you may write to"
-            ) from error
+        target, buffer = as_path(path), io.BytesIO()
+        nx.write_graphml(self.graph, buffer)
+        write_whole(target, buffer.getvalue())
 
     def __repr__(self) -> str:
         free = sum(int(group.free.sum()) for group in self.groups)

@@ -307,7 +307,7 @@ def test_compile_a_function_with_a_task(
     ("policy", "options", "message"),
     [
         ("magnitud{sparsity=0.5}", ("-o", "m.onnx"), "unknown pass 'magnitud'"),
-        ("magnitude{sparsity=0.5}", ("-o", "absent/m.onnx"), "its folder does not exist"),
+        ("magnitude{sparsity=0.5}", ("-o", "absent/m.onnx"), "there is no folder"),
         ("magnitude{sparsity=0.5}", ("-o", "."), "it is a folder"),
         ("magnitude{sparsity=0.5}", ("-o", "m.onnx", "--opset", "99"), "opset=99 is out of range"),
         ("magnitude{sparsity=0.5}", ("--save", "m.pt2", "--opset", "20"), "none is named"),

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fxprune
-from fxprune.commands.loading import check_target, load_subject
+from fxprune.commands.loading import load_subject
 from fxprune.errors import ConfigError
+from fxprune.files import target_of, write_whole
 from fxprune.passes import table
 from fxprune.policy import as_policy
 
@@ -38,8 +39,8 @@ def run(
     Raises:
         FxpruneError: something stands in the way; a file that is not complete is not written.
     """
-    for target in (onnx, save, report):
-        check_target(target)
+    for target in filter(None, (onnx, save, report)):
+        target_of(target)
     _check_opset(opset, onnx)
     prepared = as_policy(policy, table())  # a wrong policy is told before the model is traced
     subject = load_subject(model)
@@ -53,7 +54,7 @@ def run(
         compact.save(save)
         say(f"\nsaved {save} ({save.stat().st_size:,} bytes)")
     if report is not None:
-        _write(report, compact.report.to_json() + "\n")
+        write_whole(report, f"{compact.report.to_json()}\n".encode())
     if onnx is save is report is None:
         say("\nnothing was written: name an ONNX file with -o, or an archive with --save")
 
@@ -66,10 +67,3 @@ def _check_opset(opset: int | None, onnx: Path | None) -> None:
     from fxprune.lowering.opsets import chosen_opset  # onnx takes long to import
 
     chosen_opset(opset)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}.") from error

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fxprune.program import Program
     from fxprune.training import Task
 
-__all__ = ["Subject", "check_target", "load_subject"]
+__all__ = ["Subject", "load_subject"]
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,6 @@ def load_subject(text: str) -> Subject:
             )
         return Subject(fxprune.load(text))
     return _checked(_call(text), text)
-
-
-def check_target(path: Path | None) -> None:
-    """Refuses a file that cannot be written because its folder is not there, before any work.
-
-    Raises:
-        ConfigError: the folder does not exist, or the path is a folder itself.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}: it is a folder; name a file in it.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {path}: its folder does not exist; create it first.")
 
 
 def _call(text: str) -> Any:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +13,12 @@ import onnx
 
 from fxprune.comparing import CHAOTIC
 from fxprune.errors import ConfigError, LoweringError
+from fxprune.files import appearing, target_of, unwritable
 from fxprune.lowering.comparison import OnnxCase, compare
 from fxprune.lowering.onnx_model import lower
 from fxprune.paths import as_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch.export import ExportedProgram
 
 __all__ = ["OnnxReport", "save_onnx"]
@@ -94,19 +91,23 @@ def save_onnx(
         LoweringError: the program has no ONNX counterpart.
         VerificationError: the ONNX model computes something else.
     """
-    target = as_path(path)
+    shown = as_path(path)
+    target = target_of(shown)
     if not cases:
         raise ConfigError("save_onnx got no cases; a file must be compared before it is written.")
-    with _appearing(target) as temporary:
-        lowered = lower(exported, input_names, dimension_names, opset)
-        data = lowered.model.SerializeToString()
-        _check(data)
-        _write(temporary, data)
-        verdicts = compare(temporary, lowered, exported, reference, cases)
+    try:
+        with appearing(target) as partial:
+            lowered = lower(exported, input_names, dimension_names, opset)
+            data = lowered.model.SerializeToString()
+            _check(data)
+            partial.write_bytes(data)
+            verdicts = compare(partial, lowered, exported, reference, cases)
+    except OSError as error:
+        raise unwritable(shown, error) from error
     chaotic = any(verdict.chaotic for verdict in verdicts)
     operators = Counter(node.op_type for node in lowered.model.graph.node)
     return OnnxReport(
-        path=target,
+        path=shown,
         bytes=len(data),
         nodes=operators.total(),
         operators=dict(sorted(operators.items())),
@@ -124,42 +125,3 @@ def _check(data: bytes) -> None:
         raise LoweringError(
             f"the ONNX checker refuses the model: {error}. Please report this as a defect."
         ) from error
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """Gives an empty file beside ``path`` that takes its place only if the block succeeds."""
-    target = Path(os.path.realpath(path))  # a link stays a link
-    if target.is_dir() or (target.exists() and not os.access(target, os.W_OK)):
-        raise ConfigError(f"{path} cannot be written: it is a folder or protected; choose another.")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            temporary.touch(exist_ok=False)
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        yield temporary
-        try:
-            os.replace(temporary, target)
-        except OSError as error:
-            raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{path} cannot be written ({error.strerror}); choose a folder that exists, has room, and "
-        "that you may write to."
-    )

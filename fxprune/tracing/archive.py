@@ -17,20 +17,19 @@ from __future__ import annotations
 import io
 import os
 import re
-import secrets
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer, deserialize_scalar_type
 
-from fxprune.errors import ArchiveError, ConfigError
+from fxprune.errors import ArchiveError
+from fxprune.files import target_of, write_whole
 from fxprune.tracing.archive_modes import MODES_FILE, Modes
 from fxprune.tracing.archive_rules import load_json
 from fxprune.tracing.archive_schema import decode
@@ -115,14 +114,7 @@ def write_archive(
         ConfigError: the target cannot be written; an existing file is as it was.
         ArchiveError: torch cannot serialize the program; an existing file is as it was.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise ConfigError(f"cannot write {os.fspath(path)}: it is a directory. Name a file in it")
-    if not target.parent.is_dir():
-        raise ConfigError(
-            f"cannot write {os.fspath(path)}: the directory {target.parent} does not exist. "
-            "Create it, or choose another"
-        )
+    target_of(path)
     # Through memory: a write that fails inside torch's own writer aborts the process.
     buffer = io.BytesIO()
     try:
@@ -134,27 +126,7 @@ def write_archive(
             "Export the program with torch.export and plain tensor operations",
             path=os.fspath(path),
         ) from error
-    try:
-        _replace(target, buffer)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {os.fspath(path)}: {error.strerror or error}. "
-            "Free space there, or choose a place that you may write to"
-        ) from error
-
-
-def _replace(target: Path, content: io.BytesIO) -> None:
-    """Writes a file beside the target, then renames it: nobody ever sees half of it."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
-    try:
-        with open(partial, "xb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    write_whole(path, buffer.getbuffer())
 
 
 @contextmanager

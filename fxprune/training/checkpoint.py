@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ConfigError, TrainingError
+from fxprune.files import appearing
 
 __all__ = ["Checkpoint", "digest", "tensors_of"]
 
@@ -84,16 +85,10 @@ class Checkpoint:
             TrainingError: the file cannot be written; the old one is as it was.
         """
         content = {"format": _FORMAT, "run": dict(self.run), "state": dict(state)}
-        temporary = self.path.with_name(f".{self.path.name}.part")
         try:
-            with temporary.open("wb") as file:
+            with appearing(self.path, shared=False) as partial, partial.open("wb") as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-            _sync_folder(self.path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            temporary.unlink(missing_ok=True)
             raise TrainingError(
                 f"the checkpoint {str(self.path)!r} cannot be written ({error}): make room or "
                 "name another folder, and run again to go on from the last one"
@@ -118,14 +113,3 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def _difference(there: Mapping[str, str], here: Mapping[str, str]) -> str:
     differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
     return "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -157,7 +157,7 @@ def test_a_chaotic_model_is_compared_over_few_steps(tmp_path: Path) -> None:
 def test_unwritable_path(net: nn.Module, name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
     calls: list[None] = []
-    with no_files(tmp_path), pytest.raises(ConfigError, match="cannot be written"):
+    with no_files(tmp_path), pytest.raises(ConfigError, match="cannot write"):
         save(net, tmp_path / name, lambda x: calls.append(None))
     assert not calls  # before any work
 

@@ -260,9 +260,9 @@ def test_targets_that_cannot_be_written(
     linear: torch.export.ExportedProgram, tmp_path: Path
 ) -> None:
     missing = tmp_path / "missing" / "a.pt2"
-    with pytest.raises(ConfigError, match=r"missing/a\.pt2: the directory .* does not exist"):
+    with pytest.raises(ConfigError, match=r"missing/a\.pt2: there is no folder"):
         write_archive(linear, missing)
-    with pytest.raises(ConfigError, match="it is a directory"):
+    with pytest.raises(ConfigError, match="it is a folder"):
         write_archive(linear, tmp_path)
     assert os.listdir(tmp_path) == []
 
