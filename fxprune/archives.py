@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxprune.comparing import compare_outputs, tolerance_of
 from fxprune.errors import ArchiveError, LoweringError
+from fxprune.operations import argument
 from fxprune.paths import as_path
 from fxprune.program import Program, Refusal
 from fxprune.switching import batch_counter
@@ -137,15 +138,8 @@ def _may_follow(node: fx.Node, program: Program) -> bool:
 
 
 def _takes_lengths(node: fx.Node) -> bool:
-    return node.op == "call_function" and (
-        node.target is packing.pad_packed
-        or (node.target is recurrent.lstm and len(node.args) > 8 and node.args[8] is not None)
-        or (
-            node.target in (recurrent.gru, recurrent.rnn)
-            and len(node.args) > 6
-            and node.args[6] is not None
-        )
-    )
+    layer = node.target in (recurrent.lstm, recurrent.gru, recurrent.rnn)
+    return node.target is packing.pad_packed or (layer and argument(node, "lengths") is not None)
 
 
 def _dimensions(

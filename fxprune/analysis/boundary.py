@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.rules_recurrent import INPUT_WEIGHT
-from fxprune.analysis.walker import operation_name
+from fxprune.operations import operation_name
 
 if TYPE_CHECKING:
     from fxprune.program import Program

@@ -22,7 +22,7 @@ from fxprune.analysis.neurons import Block, ConnectionClass, Group, Neurons
 from fxprune.analysis.places import Place
 from fxprune.analysis.rules_moving import RULES as MOVING
 from fxprune.analysis.rules_recurrent import INPUT_WEIGHT
-from fxprune.analysis.walker import operation_name
+from fxprune.operations import operation_name
 
 if TYPE_CHECKING:
     from fxprune.program import Program

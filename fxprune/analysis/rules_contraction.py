@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxprune.analysis.contracting import connect, is_weight, join_parts, meet, weight_axis
 from fxprune.analysis.labels import Axis, combine
+from fxprune.operations import argument
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -148,7 +149,7 @@ def attention(w: Walker, node: fx.Node) -> Label:
     heads = [Axis(a.ids.narrow(rank - 1, 0, 1)) for a in w.label(query)]
     heads = [a for a in heads if a.ids.numel() > 1]
     result = tuple(combine(w.ledger, heads, w.label(value)))
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask = argument(node, "attn_mask")
     for axis in w.label(mask):
         w.ledger.freeze(axis.ids, "attention mask")
     return tuple(a for a in result if rank - 1 in a.dims) or result

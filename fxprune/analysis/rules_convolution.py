@@ -8,7 +8,8 @@ from torch import Tensor, fx
 
 from fxprune.analysis.contracting import connect, meet, weight_axis
 from fxprune.analysis.labels import Axis
-from fxprune.analysis.walker import CONVOLUTIONS, operation_name
+from fxprune.analysis.walker import CONVOLUTIONS
+from fxprune.operations import operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.analysis.labels import Axis, collapse
-from fxprune.analysis.walker import dims_of, operation_name
+from fxprune.operations import argument, dims_of, operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -48,8 +48,8 @@ def rigid(w: Walker, node: fx.Node) -> Any:
 
 def shift(w: Walker, node: fx.Node) -> Any:
     """Rolling and windows: along a neuron dimension all must stay, along others they pass."""
-    x, position = node.args[0], 2 if operation_name(node) == "roll" else 1
-    given = node.args[position] if len(node.args) > position else None
+    x = node.args[0]
+    given = argument(node, "dims" if operation_name(node) == "roll" else "dimension")
     moved = dims_of(given, len(w.shape(x)))  # type: ignore[arg-type]
     for axis in w.label(x):
         if moved & set(axis.dims):
@@ -59,9 +59,8 @@ def shift(w: Walker, node: fx.Node) -> Any:
 
 def cut(w: Walker, node: fx.Node) -> Any:
     """A slice; one that skips neurons needs them all."""
-    step = node.args[4] if len(node.args) > 4 else node.kwargs.get("step", 1)
-    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(w.shape(node))  # type: ignore[arg-type]
-    if step != 1:
+    dim = int(argument(node, "dim")) % len(w.shape(node))
+    if argument(node, "step") != 1:
         for axis in w.axes_at(node.args[0], dim):
             w.refuse(node, "every other neuron is taken", axis.ids)
     return move(w, node)
@@ -121,7 +120,7 @@ def cat(w: Walker, node: fx.Node) -> Label:
     parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     parts = [p for p in parts if 0 not in w.shape(p)]
     rank = len(w.shape(node))
-    dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
+    dim = int(argument(node, "dim")) % rank
     roles = {a.role for p in parts for a in w.label(p)}
     result: list[Axis] = []
     for role in sorted(roles, key=lambda r: (r is not None, r or 0)):
@@ -178,7 +177,7 @@ def stack(w: Walker, node: fx.Node) -> Label:
     """A rectangle of several parts: position by position they are one."""
     parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     rank = len(w.shape(node))
-    dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
+    dim = int(argument(node, "dim")) % rank
     beside = [list(w.label(p)) for p in parts]
     return tuple(a.at(a.ids.unsqueeze(dim)) for a in _agreed(w, node, beside))
 

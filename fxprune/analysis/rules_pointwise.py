@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from fxprune.analysis.labels import Axis, collapse, combine
+from fxprune.operations import argument
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -79,7 +80,7 @@ def glu(w: Walker, node: fx.Node) -> Label:
     """The first half of a dimension gates the second: position k of both is one neuron."""
     source = node.args[0]
     rank = len(w.shape(node))
-    dim = int(node.args[1] if len(node.args) > 1 else -1) % rank  # type: ignore[arg-type]
+    dim = int(argument(node, "dim")) % rank
     axes = []
     for axis in w.label(source):
         if dim in axis.dims:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxprune.analysis.contracting import connect, meet, weight_axis
 from fxprune.analysis.labels import Axis
-from fxprune.analysis.walker import operation_name
+from fxprune.operations import operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker

@@ -8,7 +8,7 @@ from torch import fx
 
 from fxprune.analysis.labels import Axis
 from fxprune.analysis.rules_pointwise import pointwise
-from fxprune.analysis.walker import argument, dims_of, operation_name
+from fxprune.operations import argument, dims_of, operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.walker import Label, Walker
@@ -140,8 +140,7 @@ def along(w: Walker, node: fx.Node) -> Label:
     """Softmax, cumulative sums, sorts: over a neuron dimension all neurons must stay."""
     x = node.args[0]
     rank = len(w.shape(x))  # type: ignore[arg-type]
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
-    for axis in w.axes_at(x, int(dim) % rank):  # type: ignore[arg-type]
+    for axis in w.axes_at(x, int(argument(node, "dim")) % rank):
         w.refuse(node, f"{operation_name(node)} over neurons", axis.ids)
         w.read(node, x, axis.ids, "other")  # type: ignore[arg-type]
     value = node.meta["val"]
@@ -152,7 +151,7 @@ def topk(w: Walker, node: fx.Node) -> Any:
     """The k largest: along a dimension without neurons the others pass."""
     x = node.args[0]
     rank = len(w.shape(x))  # type: ignore[arg-type]
-    dim = int(node.args[2] if len(node.args) > 2 else -1) % rank  # type: ignore[arg-type]
+    dim = int(argument(node, "dim")) % rank
     for axis in w.axes_at(x, dim):
         w.refuse(node, "topk over neurons", axis.ids)
         w.read(node, x, axis.ids, "other")  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ modules): a function of the walker and the node that returns the labels of the n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, fx
 from fxprune.analysis.labels import Axis, Ledger
 from fxprune.analysis.neurons import INPUT, OUTPUT
 from fxprune.analysis.places import Place
+from fxprune.operations import operation_name
 from fxprune.program import Refusal
 from fxprune.tracing import packing
 from fxprune.tracing.importing import place_of
@@ -32,9 +32,6 @@ __all__ = [
     "Rule",
     "Use",
     "Walker",
-    "argument",
-    "dims_of",
-    "operation_name",
 ]
 
 Label = tuple[Axis, ...]
@@ -275,24 +272,6 @@ class Walker:
         return self.settle(label)
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an operation by its name: its default if not given, None if there is none."""
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    for position, known in enumerate(schema.arguments):
-        if known.name == name:
-            given = node.args[position : position + 1]
-            return given[0] if given else node.kwargs.get(name, known.default_value)
-    return None
-
-
-def dims_of(given: Any, rank: int) -> set[int]:
-    """The dimensions that an argument names: one, several, or all if none."""
-    if given is None:
-        return set(range(rank))
-    named = given if isinstance(given, (list, tuple)) else (given,)
-    return {int(d) % rank for d in named} or set(range(rank))
-
-
 def _flat(label: Any) -> list[Axis]:
     if isinstance(label, Axis):
         return [label]
@@ -309,19 +288,6 @@ CONVOLUTIONS = (
     "conv_transpose3d",
 )
 """Names of the operations that convolve."""
-
-
-def operation_name(node: fx.Node) -> str:
-    """The operation without namespace and overload: ``linear``, ``lstm``, ``getitem``."""
-    return _name_of(node.target)
-
-
-@lru_cache(maxsize=1024)
-def _name_of(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return str(schema.name).split("::")[-1]
-    return str(getattr(target, "__name__", target))
 
 
 _REARRANGEMENTS = {

@@ -28,6 +28,7 @@ from torch.onnx._internal.exporter._errors import ConversionError
 from fxprune.errors import LoweringError
 from fxprune.lowering.markers import marker_translations
 from fxprune.lowering.translations import extra_translations
+from fxprune.operations import is_mutable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ def _drop_constant_outputs(graph: fx.Graph) -> None:
 
 def _ready(module: fx.GraphModule, translations: _Translations) -> bool:
     return not any(m is not module for m in module.modules()) and all(
-        _known(node, translations) and not _mutates(node) for node in module.graph.nodes
+        _known(node, translations) and not is_mutable(node) for node in module.graph.nodes
     )
 
 
@@ -130,11 +131,6 @@ def _known(node: fx.Node, translations: _Translations) -> bool:
         return True
     onnx_operation = isinstance(target, torch._ops.OpOverload) and target.namespace == "onnx"
     return onnx_operation or translations.registry.is_registered(target)
-
-
-def _mutates(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _settle_sizes(model: ir.Model) -> None:

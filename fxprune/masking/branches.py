@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from fxprune.analysis.rules_recurrent import STATE_ARGUMENTS
-from fxprune.analysis.walker import operation_name
+from fxprune.operations import operation_name
 from fxprune.program import Kind, Refusal
 
 if TYPE_CHECKING:

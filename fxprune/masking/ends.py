@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxprune.analysis.walker import operation_name
+from fxprune.operations import operation_name
 
 if TYPE_CHECKING:
     from fxprune.masking.prunable import Prunable, Weight

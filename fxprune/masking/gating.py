@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.analysis.walker import operation_name
 from fxprune.masking.insertion import MaskInsertion
 from fxprune.masking.shielding import SHIELDED
+from fxprune.operations import operation_name
 from fxprune.program import Kind
 
 if TYPE_CHECKING:

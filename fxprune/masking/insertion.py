@@ -15,10 +15,10 @@ from torch import Tensor, fx
 
 from fxprune.analysis.boundary import outward_users
 from fxprune.analysis.places import argument_at, with_argument
-from fxprune.analysis.walker import operation_name
 from fxprune.errors import DependencyError
 from fxprune.masking.masks import Masks
 from fxprune.masking.normalization import masked_group_norm, masked_layer_norm, masked_rms_norm
+from fxprune.operations import operation_name
 from fxprune.program import Kind, Program, free_name
 
 if TYPE_CHECKING:

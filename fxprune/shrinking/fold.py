@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.analysis.walker import operation_name
 from fxprune.masking.operands import operand_mask
+from fxprune.operations import argument, operation_name
 
 if TYPE_CHECKING:
     from fxprune.analysis.neurons import Block, Neurons
@@ -130,7 +130,7 @@ def _linear_rows(
     if mask is None:
         return None
     silent = ~mask.reshape(mask.shape[0], -1).any(1)
-    bias = node.args[2] if len(node.args) > 2 else None
+    bias = argument(node, "bias")
     value = torch.zeros(len(silent)) if bias is None else _tensor(program, bias)
     if value is None or ids.numel() != len(silent):
         return None
@@ -235,7 +235,7 @@ def _unpadded(node: fx.Node) -> bool:
     """Whether a constant input is the same constant at the borders."""
     if not operation_name(node).startswith("conv"):
         return True
-    padding: Any = node.args[4] if len(node.args) > 4 else 0
+    padding = argument(node, "padding")
     return padding in (0, "valid") or (
         isinstance(padding, (list, tuple)) and all(p == 0 for p in padding)
     )

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxprune.analysis.walker import CONVOLUTIONS, operation_name
+from fxprune.analysis.walker import CONVOLUTIONS
 from fxprune.errors import DependencyError
+from fxprune.operations import operation_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

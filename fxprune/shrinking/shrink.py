@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from fxprune.analysis.boundary import outward_users
 from fxprune.analysis.neurons import Entry, Neurons, Reader
-from fxprune.analysis.walker import Walker, argument, dims_of, operation_name
+from fxprune.analysis.walker import Walker
 from fxprune.masking.masks import Masks
+from fxprune.operations import argument, dims_of, operation_name
 from fxprune.program import InputSpec, Kind, Program, free_name
 from fxprune.shrinking.rewriting import RULES
 from fxprune.tracing.states import enter_state, leave_state
@@ -154,7 +155,7 @@ class _Shrinking:
     def _split(self, node: fx.Node, twin: fx.Node) -> None:
         x: Any = node.args[0]
         rank = x.meta["val"].dim()
-        dim = int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
+        dim = int(argument(node, "dim")) % rank
         if self.positions(x, dim) is None:
             return
         sizes = []

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from fxprune.analysis.rules_recurrent import STATE_ARGUMENTS
-from fxprune.analysis.walker import operation_name
 from fxprune.masking.branches import ZERO_TO_ZERO
+from fxprune.operations import operation_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
+
+from fxprune.operations import is_mutable
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -31,7 +33,7 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
 
     Composite operations stay whole, dropout and batch norm stay recognisable.
     """
-    if not any(_mutates(n) for n in exported.graph.nodes):
+    if not any(is_mutable(n) for n in exported.graph.nodes):
         return exported
     for node in exported.graph.nodes:
         name = str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
@@ -47,11 +49,6 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _restore_batch_norm(exported.graph, node)
     return exported
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema: Any = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:

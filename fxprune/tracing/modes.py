@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from fxprune.operations import is_mutable
 from fxprune.tracing.importing import place_of
 
 if TYPE_CHECKING:
@@ -113,8 +114,7 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     """Inputs, what leads to an output, and what changes a value in place, but no counter."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        changes = schema is not None and schema.is_mutable and not _is_counter(node.args[0])
+        changes = is_mutable(node) and not _is_counter(node.args[0])
         if node.op in ("placeholder", "output") or changes or not live.isdisjoint(node.users):
             live.add(node)
     return live

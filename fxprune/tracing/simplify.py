@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.operations import argument
 from fxprune.tracing import recurrent
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _size(graph: fx.Graph, value: fx.Node, dim: int) -> int | fx.Node:
 
 
 def _unbind_to_selects(graph: fx.Graph, node: fx.Node) -> None:
-    dim = _argument(node, 1, "dim", 0)
+    dim = argument(node, "dim")
     for item in list(node.users):
         with graph.inserting_before(item):
             select = graph.call_function(aten.select.int, (node.args[0], dim, item.args[1]))
@@ -134,10 +135,10 @@ def _flatten_stack(graph: fx.Graph, node: fx.Node) -> None:
         elif source.target not in (aten.contiguous.default, aten.clone.default):
             return
         source = source.args[0]
-    if not isinstance(source, fx.Node) or int(_argument(source, 1, "dim", 0)) not in (0, 1):
+    if not isinstance(source, fx.Node) or int(argument(source, "dim")) not in (0, 1):
         return
     parts: list[fx.Node] = list(source.args[0])  # type: ignore[arg-type]
-    side_by_side = swapped == (int(_argument(source, 1, "dim", 0)) == 0)
+    side_by_side = swapped == (int(argument(source, "dim")) == 0)
     part, shape = parts[0].meta["val"].shape, node.meta["val"].shape
     if len(part) != 2 or len(shape) != 2 or not side_by_side:
         return
@@ -157,7 +158,7 @@ def _take_from_stack(graph: fx.Graph, node: fx.Node) -> None:
     if grid is None:
         return
     parts, lead, axis = grid
-    dim = int(_argument(node, 1, "dim", 0)) % (len(lead) + _rank(parts[0]))
+    dim = int(argument(node, "dim")) % (len(lead) + _rank(parts[0]))
     if not axis <= dim < axis + len(lead):
         return
     which = dim - axis
@@ -169,7 +170,7 @@ def _take_from_stack(graph: fx.Graph, node: fx.Node) -> None:
             return
         taken, rest = list(parts), [s for i, s in enumerate(lead) if i != which]
     else:
-        bounds = [_argument(node, i, name, d) for i, name, d in _SLICE_BOUNDS]
+        bounds = [argument(node, name) for name in ("start", "end", "step")]
         if not all(b is None or isinstance(b, int) for b in bounds):
             return
         span = range(lead[which])[slice(*bounds)]
@@ -178,9 +179,6 @@ def _take_from_stack(graph: fx.Graph, node: fx.Node) -> None:
     if taken and len(rest) < 2:
         node.replace_all_uses_with(_stack(graph, node, taken, rest, axis))
         graph.erase_node(node)
-
-
-_SLICE_BOUNDS = ((2, "start", None), (3, "end", None), (4, "step", 1))
 
 
 def _stack(
@@ -198,14 +196,14 @@ def _grid(node: fx.Node) -> tuple[list[fx.Node], list[int], int] | None:
     """The parts of a stack, the sizes of the leading grid they form, and where it starts."""
     if node.target is aten.stack.default:
         parts = list(node.args[0])  # type: ignore[arg-type]
-        axis = int(_argument(node, 1, "dim", 0)) % (_rank(parts[0]) + 1)
+        axis = int(argument(node, "dim")) % (_rank(parts[0]) + 1)
         return parts, [len(parts)], axis
     if node.target in (aten.view.default, aten.reshape.default, aten.unflatten.int):
         source = node.args[0]
         if not isinstance(source, fx.Node) or source.target is not aten.stack.default:
             return None
         parts = list(source.args[0])  # type: ignore[arg-type]
-        if int(_argument(source, 1, "dim", 0)) != 0:
+        if int(argument(source, "dim")) != 0:
             return None
         return _view_grid(node, parts)
     return None
@@ -247,12 +245,6 @@ def _is_zero(node: fx.Node) -> bool:
     while node.target in _MOVES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node.op == "call_function" and node.target in _ZEROS
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
 
 
 def _rank(node: fx.Node) -> int:

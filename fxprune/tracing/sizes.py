@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ConfigError
+from fxprune.operations import argument, dims_of, operation_name
 from fxprune.tracing import packing, recurrent
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ def squeezed_symbols(program: Program) -> set[str]:
     """
     found: set[str] = set()
     for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-        if schema is not None and schema.name in ("aten::squeeze", "aten::squeeze_"):
+        if node.op == "call_function" and operation_name(node) in ("squeeze", "squeeze_"):
             for size in _squeezed_sizes(node):
                 if isinstance(size, torch.SymInt) and size.node.hint == 1:
                     found.update(str(symbol) for symbol in size.node.expr.free_symbols)
@@ -80,8 +80,7 @@ def _squeezed_sizes(node: fx.Node) -> list[Any]:
     """The sizes along the dimensions that a squeeze names; all of them if it names none."""
     source: Any = node.args[0]
     shape = source.meta["val"].shape
-    dims: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
-    return [shape[d] for d in ([dims] if isinstance(dims, int) else dims)]
+    return [shape[d] for d in sorted(dims_of(argument(node, "dim"), len(shape)))]
 
 
 def candidate_sizes(example: Mapping[str, int]) -> list[dict[str, int]]:
@@ -184,8 +183,7 @@ def _source(node: fx.Node) -> fx.Node:
         "reshape",
     )
     while node.op == "call_function" and isinstance(node.args[0], fx.Node):
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or str(schema.name).removeprefix("aten::") not in names:
+        if operation_name(node) not in names:
             break
         node = node.args[0]
     return node
