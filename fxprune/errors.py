@@ -38,6 +38,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedOpError",
     "VerificationError",
+    "first_line",
 ]
 
 
@@ -154,3 +155,8 @@ class LoweringError(FxpruneError):
     def __init__(self, message: str, *, node: str | None = None) -> None:
         super().__init__(message)
         self.node = node
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, without what follows; the kind of error if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.errors import ConfigError
-from fxprune.onnx_session import first_line, open_session
+from fxprune.errors import ConfigError, first_line
+from fxprune.onnx_session import open_session
 from fxprune.paths import as_path
 from fxprune.tables import render_table
 

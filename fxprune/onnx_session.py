@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.errors import ConfigError
+from fxprune.errors import ConfigError, first_line
 
-__all__ = ["first_line", "open_session", "run_session", "start_session"]
+__all__ = ["open_session", "run_session", "start_session"]
 
 
 def open_session(path: Path, threads: int = 1) -> Any:
@@ -33,11 +33,6 @@ def open_session(path: Path, threads: int = 1) -> Any:
         raise ConfigError(
             f"onnxruntime cannot load {path}: {first_line(error)}. Name an ONNX file."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What onnxruntime says, without what follows; the kind of error if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def start_session(path: Path, threads: int = 1) -> Any:

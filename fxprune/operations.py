@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +18,10 @@ def operation_name(node: fx.Node) -> str:
 
 def argument(node: fx.Node, name: str) -> Any:
     """An argument of an operation by its name: its default if not given, None if there is none."""
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    for position, known in enumerate(schema.arguments):
-        if known.name == name:
+    for position, (known, default) in enumerate(_arguments_of(node.target)):
+        if known == name:
             given = node.args[position : position + 1]
-            return given[0] if given else node.kwargs.get(name, known.default_value)
+            return given[0] if given else node.kwargs.get(name, default)
     return None
 
 
@@ -37,6 +37,16 @@ def is_mutable(node: fx.Node) -> bool:
     """Whether an operation changes an argument in place."""
     schema: Any = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+@lru_cache(maxsize=1024)
+def _arguments_of(target: Any) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults; of a function of Python, as the layers of a loaded archive are, too."""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return tuple((known.name, known.default_value) for known in schema.arguments)
+    parameters = inspect.signature(target).parameters.values()
+    return tuple((p.name, None if p.default is p.empty else p.default) for p in parameters)
 
 
 @lru_cache(maxsize=1024)

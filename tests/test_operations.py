@@ -42,6 +42,8 @@ def test_names_have_no_namespace_and_no_overload(target: Any, name: str) -> None
         (call(aten.slice.Tensor, 1), "step", 1),
         (call(aten.squeeze.default, 1), "dim", None),  # has no such argument
         (call(aten.linear.default, 1, 2), "bias", None),  # was not given
+        (call(recurrent.gru, *range(7)), "lengths", 6),  # a function of Python
+        (call(recurrent.gru, *range(6)), "lengths", None),
     ],
 )
 def test_arguments_by_name(node: fx.Node, name: str, value: object) -> None:

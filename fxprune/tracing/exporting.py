@@ -17,7 +17,7 @@ from torch.export import _trace as exporter
 from torch.fx import _symbolic_trace as symbolic_tracer
 from torch.utils import _pytree as pytree
 
-from fxprune.errors import FxpruneError, TraceError
+from fxprune.errors import FxpruneError, TraceError, first_line
 from fxprune.tracing.kernels import TracedKernels
 from fxprune.tracing.layers import traced_layers
 from fxprune.tracing.pooling import TracedPooling
@@ -202,7 +202,7 @@ _REMEDIES = (
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
-    text = str(error).strip()
+    text = str(error)
     place = _place(error)
     if place:
         otherwise = "rewrite that line with operations torch.export can follow"
@@ -216,8 +216,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
         ),
         otherwise,
     )
-    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"{type(model).__name__} cannot be traced{place}: {first}. Remedy: {remedy}."
+    what = first_line(error)
+    return f"{type(model).__name__} cannot be traced{place}: {what}. Remedy: {remedy}."
 
 
 def _place(error: Exception) -> str:

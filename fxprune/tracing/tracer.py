@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.calls import Call, run_call
 from fxprune.comparing import compare_outputs, tolerance_of
-from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError
+from fxprune.errors import ConfigError, FxpruneError, TraceError, VerificationError, first_line
 from fxprune.program import InputSpec, Program, Refusal
 from fxprune.randomness import preserved_random_state
 from fxprune.switching import EvalOnly
@@ -329,8 +329,7 @@ def _agrees(
     try:
         result = run_call(runnable, call)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"the traced program fails at another size: {first}"
+        return f"the traced program fails at another size: {first_line(error)}"
     difference = compare_outputs(expected, result)
     if difference.within(tolerance_of(expected, "equal")):
         return None
