@@ -133,8 +133,9 @@ def test_passes_are_frozen_dataclasses_of_their_name(name: str) -> None:
 
 
 def test_every_error_is_one_of_ours_and_documented() -> None:
-    for name in errors.__all__:
-        error = getattr(errors, name)
+    classes = {n: e for n in errors.__all__ if isinstance(e := getattr(errors, n), type)}
+    assert errors.__all__ == [*sorted(classes), "first_line"]
+    for name, error in classes.items():
         assert issubclass(error, errors.FxpruneError)
         assert error.__doc__
         assert name in str(errors.__doc__)
