@@ -50,6 +50,10 @@ def test_plans() -> None:
         r["structure"] for r in dynamic_mnist.planned("structures", [0], 0.5, "resnet")
     }
     assert len(list(dynamic_mnist.planned("sparsities", [0, 1, 2], 0.5, "gru"))) == 3 * (1 + 18)
+    targets = [
+        (r["structure"], r["sparsity"]) for r in dynamic_mnist.planned("targets", [0], 0, "")
+    ]
+    assert targets == [("dense", 0.0), *[("connection", 0.9)] * 2, *[("filter", 0.5)] * 2]
 
 
 def test_runs_are_kept_and_not_repeated(data: Path, tmp_path: Path) -> None:
