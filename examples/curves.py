@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import onnxruntime as ort
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
+Quality = TypeVar("Quality")
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+@dataclass(frozen=True)
+class Point(Generic[Quality]):
+    """One row of a pruning curve.
+
+    Attributes:
+        sparsity: fraction of the neurons that was asked to go.
+        state: units of the state that goes from call to call.
+        parameters: of the whole model.
+        macs: multiply-accumulate operations of the whole model on its example.
+        file_bytes: of all ONNX files of the model together.
+        speedup: of one call over the unpruned file, in turns, one thread.
+        quality: before training.
+        trained: quality after training, None where there was none.
+    """
+
+    sparsity: float
+    state: int
+    parameters: int
+    macs: int
+    file_bytes: int
+    speedup: float
+    quality: Quality
+    trained: Quality | None
 
 
 def open_session(path: Path) -> Any:  # onnxruntime ships no annotations
@@ -30,6 +58,48 @@ def make_table(title: str, heads: str, rows: Iterable[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def size_table(title: str, macs: str, points: Sequence[Point[Any]]) -> Table:
+    """Show what each sparsity costs; ``macs`` says of what the operations are."""
+    heads = f"removed|state|parameters|{macs}|ONNX bytes|speed-up"
+    rows = (
+        (
+            f"{p.sparsity:.0%}",
+            f"{p.state}",
+            f"{p.parameters:,}",
+            f"{p.macs:,}",
+            f"{p.file_bytes:,}",
+            f"{p.speedup:.2f}",
+        )
+        for p in points
+    )
+    return make_table(title, heads, rows)
+
+
+def print_curve(
+    points: Sequence[Point[Quality]],
+    sizes: Table,
+    quality_table: Callable[[str, Sequence[tuple[float, Quality]]], Table],
+    epochs: int,
+) -> None:
+    """Show sizes, and quality before and after so many epochs of training."""
+    console = Console()
+    console.print(sizes)
+    console.print(quality_table("in one shot", [(p.sparsity, p.quality) for p in points]))
+    trained = [(p.sparsity, p.trained) for p in points if p.trained is not None]
+    if trained:
+        console.print(quality_table(f"after training, epochs: {epochs}", trained))
+
+
+def cost_curves(points: Sequence[Point[Any]], call: str) -> dict[str, list[float]]:
+    """What :func:`draw_curve` is to draw as cost; ``call`` says what was timed."""
+    return {
+        "parameters": [float(p.parameters) for p in points],
+        "MACs": [float(p.macs) for p in points],
+        "ONNX bytes": [float(p.file_bytes) for p in points],
+        f"time per {call}": [1 / p.speedup for p in points],
+    }
 
 
 def curve_options(description: str, data_help: str) -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ from torch import nn
 
 import fxprune
 from examples.mnist import MODELS, Mnist, accuracy, make_task, read_mnist
-from examples.result_lines import Run, add_result, markdown, read_results, spread
+from examples.result_lines import Run, add_result, markdown, read_results, results_parser, spread
 from fxprune.latency import measure
 from fxprune.masking.structures import NEURON_STRUCTURES as NEURONS
 from fxprune.masking.structures import STRUCTURES
@@ -270,17 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog="a first look: python -m examples.dynamic_mnist --data data --quick",
-    )
+    parser = results_parser("dynamic_mnist", __doc__, "folder with mnist/")
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="folder with mnist/")
-    source.add_argument("--table", type=Path, help="only show the results in this file")
-    out_help = "results file [%(default)s]; the dense weights go to a folder beside it"
-    add("--out", type=Path, default=Path("dynamic_mnist.jsonl"), help=out_help)
     add("--model", choices=MODELS, default="lenet5", help="which model [%(default)s]")
     plans = ("structures", "sparsities", "targets")
     add("--plan", choices=plans, default="sparsities", help="what to run [%(default)s]")

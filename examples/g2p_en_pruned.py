@@ -29,7 +29,16 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import fxprune
-from examples.curves import curve_options, draw_curve, make_table, open_session
+from examples.curves import (
+    Point,
+    cost_curves,
+    curve_options,
+    draw_curve,
+    make_table,
+    open_session,
+    print_curve,
+    size_table,
+)
 from examples.g2p_en import (
     DATA_HELP,
     STOP,
@@ -181,39 +190,17 @@ def judge(files: Files, dense: Seq2Seq, words: Sequence[Entry]) -> Quality:
     )
 
 
-@dataclass(frozen=True)
-class Point:
-    """One row of the pruning curve.
-
-    Attributes:
-        state: units of the state that goes from call to call.
-        macs: of the whole model on the words of the example.
-        file_bytes: encoder and decoder step together.
-        speedup: of one call of the decoder step over the unpruned one, in turns, one thread.
-        trained: quality after training, None where there was none.
-    """
-
-    sparsity: float
-    state: int
-    parameters: int
-    macs: int
-    file_bytes: int
-    speedup: float
-    quality: Quality
-    trained: Quality | None
-
-
 def measure_curve(
     model: Seq2Seq,
     words: Sequence[Entry],
     sparsities: Sequence[float],
     folder: Path,
     task: fxprune.Task | None = None,
-) -> list[Point]:
+) -> list[Point[Quality]]:
     """Prune at each sparsity and measure the files written to ``folder``, the first one dense."""
     example = words[:EXAMPLE]
     dense: Path | None = None
-    points = []
+    points: list[Point[Quality]] = []
     for sparsity in track(sparsities, "pruning", console=Console(stderr=True), transient=True):
         compact = prune(model, example, sparsity)
         files = save_files(compact, example, folder / f"g2p_en_{sparsity:.2f}")
@@ -239,23 +226,6 @@ def measure_curve(
     return points
 
 
-def size_table(points: Sequence[Point]) -> Table:
-    """Show what each sparsity costs."""
-    heads = f"removed|state|parameters|MACs, {EXAMPLE} words|ONNX bytes|speed-up"
-    rows = (
-        (
-            f"{p.sparsity:.0%}",
-            f"{p.state}",
-            f"{p.parameters:,}",
-            f"{p.macs:,}",
-            f"{p.file_bytes:,}",
-            f"{p.speedup:.2f}",
-        )
-        for p in points
-    )
-    return make_table("g2p_en, encoder and decoder step", heads, rows)
-
-
 def quality_table(title: str, points: Sequence[tuple[float, Quality]]) -> Table:
     """Show how well each sparsity pronounces."""
     heads = "removed|phoneme errors|word errors|same words|step - whole"
@@ -272,18 +242,13 @@ def quality_table(title: str, points: Sequence[tuple[float, Quality]]) -> Table:
     return make_table(title, heads, rows)
 
 
-def draw(points: Sequence[Point], path: Path) -> None:
+def draw(points: Sequence[Point[Quality]], path: Path) -> None:
     """Draw the curve."""
     quality = {"words right": [1 - p.quality.rates.word for p in points]}
     trained = [1 - p.trained.rates.word for p in points if p.trained is not None]
     if trained:
         quality["words right, trained"] = trained
-    cost = {
-        "parameters": [float(p.parameters) for p in points],
-        "MACs": [float(p.macs) for p in points],
-        "ONNX bytes": [float(p.file_bytes) for p in points],
-        "time per decoder step": [1 / p.speedup for p in points],
-    }
+    cost = cost_curves(points, "decoder step")
     draw_curve(path, "g2p_en", [p.sparsity for p in points], quality, cost)
 
 
@@ -304,12 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sparsities = sorted({0.0, *options.sparsity})
     with TemporaryDirectory() as scratch:
         points = measure_curve(model, sample, sparsities, options.keep or Path(scratch), task)
-    console = Console()
-    console.print(size_table(points))
-    console.print(quality_table("in one shot", [(p.sparsity, p.quality) for p in points]))
-    trained = [(p.sparsity, p.trained) for p in points if p.trained is not None]
-    if trained:
-        console.print(quality_table(f"after training, epochs: {options.epochs}", trained))
+    sizes = size_table("g2p_en, encoder and decoder step", f"MACs, {EXAMPLE} words", points)
+    print_curve(points, sizes, quality_table, options.epochs)
     if options.plot:
         draw(points, options.plot)
     return 0

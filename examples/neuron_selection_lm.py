@@ -2,7 +2,7 @@
 
     python -m examples.neuron_selection_lm --data PATH [--words] [--device cuda] [--quick]
         [--seeds 0 1 2] [--target 0.1] [--width 256] [--tokens 300000] [--epochs 6]
-    python -m examples.neuron_selection_lm --table neuron_selection.jsonl
+    python -m examples.neuron_selection_lm --table neuron_selection_lm.jsonl
 
 Characters of tinyshakespeare, or with ``--words`` the words of the Penn Treebank and 2x1500. All
 methods train for at most as many steps and, but for ``small``, from the same initial weights:
@@ -48,7 +48,15 @@ from examples.language_model import (
     products,
     read_corpus,
 )
-from examples.result_lines import Run, add_result, by_setting, markdown, read_results, spread
+from examples.result_lines import (
+    Run,
+    add_result,
+    by_setting,
+    markdown,
+    read_results,
+    results_parser,
+    spread,
+)
 from fxprune import latency
 from fxprune.compact import Compact
 from fxprune.contract import Effect, Facts, NeuronAnalysis, Pass, PassResult
@@ -337,13 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
-    )
+    parser = results_parser("neuron_selection_lm", __doc__, "folder with the texts")
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="folder with the texts")
-    source.add_argument("--table", type=Path, help="only show the results in this file")
     add("--words", action="store_true", help="Penn Treebank, by words")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="[all]")
@@ -352,8 +355,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, help="of the training text")
     add("--epochs", type=int, help="of each run")
     add("--device", default="cpu", help="[cpu]")
-    out_help = "results file [%(default)s]; checkpoints go to a folder beside it"
-    add("--out", type=Path, default=Path("neuron_selection.jsonl"), help=out_help)
     add("--quick", action="store_true", help="a tiny model, to see that it works")
     return parser
 

@@ -6,6 +6,7 @@ A run is written whole or not at all, so a script that was killed goes on behind
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,6 +28,27 @@ def add_result(path: Path, run: Run) -> None:
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     write_whole(path, f"{whole}{json.dumps(run)}\n".encode())
+
+
+def results_parser(name: str, description: str | None, data_help: str) -> ArgumentParser:
+    """Options that all scripts of results have: ``--data`` or ``--table``, and ``--out``.
+
+    Args:
+        name: the script's, which its results file has by default.
+        description: its help, laid out already.
+        data_help: what ``--data`` wants.
+    """
+    parser = ArgumentParser(
+        formatter_class=RawDescriptionHelpFormatter,
+        description=description,
+        epilog=f"a first look: python -m examples.{name} --data data --quick",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help=data_help)
+    source.add_argument("--table", type=Path, help="only show the results in this file")
+    out_help = "results file [%(default)s]; what goes on later is kept in a folder beside it"
+    parser.add_argument("--out", type=Path, default=Path(f"{name}.jsonl"), help=out_help)
+    return parser
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -37,7 +37,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
-from examples.result_lines import Run, add_result, markdown, read_results, spread
+from examples.result_lines import Run, add_result, markdown, read_results, results_parser, spread
 from examples.time_series import (
     BATCH,
     READERS,
@@ -299,18 +299,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog="a first look: python -m examples.sensitivity_gru --data data --quick",
+    parser = results_parser(
+        "sensitivity_gru", __doc__, "folder with scgru_lan/, los_loop/ and etth1/"
     )
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    data_help = "folder with scgru_lan/, los_loop/ and etth1/"
-    source.add_argument("--data", type=Path, help=data_help)
-    source.add_argument("--table", type=Path, help="only show the results in this file")
-    out_help = "results file [%(default)s]; the dense weights go to a folder beside it"
-    add("--out", type=Path, default=Path("sensitivity_gru.jsonl"), help=out_help)
     add("--series", choices=READERS, default="lan", help="which data [%(default)s]")
     add("--seeds", type=int, default=3, help="how many seeds, from 0 [%(default)s]")
     sparsity_help = "fractions of the connections to remove [0.95 0.98 0.99 0.993]"

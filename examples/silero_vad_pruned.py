@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from examples.curves import curve_options, draw_curve, make_table, open_session
+from examples.curves import (
+    Point,
+    cost_curves,
+    curve_options,
+    draw_curve,
+    make_table,
+    open_session,
+    print_curve,
+    size_table,
+)
 from examples.silero_vad import (
     DATA_HELP,
     HIDDEN,
@@ -137,25 +146,6 @@ class Quality:
     loop_error: float
 
 
-@dataclass(frozen=True)
-class Point:
-    """One row of the pruning curve.
-
-    Attributes:
-        speedup: of one call of the streaming file over the unpruned one, in turns, one thread.
-        trained: quality after training, None where there was none.
-    """
-
-    sparsity: float
-    state: int
-    parameters: int
-    macs: int
-    file_bytes: int
-    speedup: float
-    quality: Quality
-    trained: Quality | None
-
-
 def measure_curve(
     models: Models,
     recording: Recording,
@@ -163,10 +153,10 @@ def measure_curve(
     sparsities: Sequence[float],
     folder: Path,
     task: fxprune.Task | None = None,
-) -> list[Point]:
+) -> list[Point[Quality]]:
     """Prune at each sparsity and measure the files written to ``folder``, the first one dense."""
     dense = folder / _file_name(0.0)
-    points = []
+    points: list[Point[Quality]] = []
     for sparsity in track(sparsities, "pruning", console=Console(stderr=True), transient=True):
         pair = prune(models, recording.chunks[:, :8], sparsity)
         file = folder / _file_name(sparsity)
@@ -229,23 +219,6 @@ def _state_units(path: Path) -> int:
     return int(shapes["h"][-1])
 
 
-def size_table(points: Sequence[Point]) -> Table:
-    """Show what each sparsity costs."""
-    heads = "removed|state|parameters|MACs/chunk|ONNX bytes|speed-up"
-    rows = (
-        (
-            f"{p.sparsity:.0%}",
-            f"{p.state}",
-            f"{p.parameters:,}",
-            f"{p.macs:,}",
-            f"{p.file_bytes:,}",
-            f"{p.speedup:.2f}",
-        )
-        for p in points
-    )
-    return make_table("silero-vad, streaming form", heads, rows)
-
-
 def quality_table(title: str, points: Sequence[tuple[float, Quality]]) -> Table:
     """Show how well each sparsity judges."""
     heads = "removed|largest change|decisions kept|ranking|loop - whole"
@@ -262,18 +235,13 @@ def quality_table(title: str, points: Sequence[tuple[float, Quality]]) -> Table:
     return make_table(title, heads, rows)
 
 
-def draw(points: Sequence[Point], path: Path) -> None:
+def draw(points: Sequence[Point[Quality]], path: Path) -> None:
     """Draw the curve."""
     quality = {"decisions kept": [p.quality.decisions_kept for p in points]}
     trained = [p.trained.decisions_kept for p in points if p.trained is not None]
     if trained:
         quality["decisions kept, trained"] = trained
-    cost = {
-        "parameters": [float(p.parameters) for p in points],
-        "MACs": [float(p.macs) for p in points],
-        "ONNX bytes": [float(p.file_bytes) for p in points],
-        "time per chunk": [1 / p.speedup for p in points],
-    }
+    cost = cost_curves(points, "chunk")
     draw_curve(path, "silero-vad", [p.sparsity for p in points], quality, cost)
 
 
@@ -298,12 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
         points = measure_curve(models, recording, authors, sparsities, folder, task)
-    console = Console()
-    console.print(size_table(points))
-    console.print(quality_table("in one shot", [(p.sparsity, p.quality) for p in points]))
-    trained = [(p.sparsity, p.trained) for p in points if p.trained is not None]
-    if trained:
-        console.print(quality_table(f"after training, epochs: {options.epochs}", trained))
+    sizes = size_table("silero-vad, streaming form", "MACs/chunk", points)
+    print_curve(points, sizes, quality_table, options.epochs)
     if options.plot:
         draw(points, options.plot)
     return 0

@@ -33,7 +33,7 @@ from torch import nn
 
 import fxprune
 from examples.mnist import RowReader, accuracy, make_task, read_mnist
-from examples.result_lines import Run, add_result, markdown, read_results, spread
+from examples.result_lines import Run, add_result, markdown, read_results, results_parser, spread
 from fxprune.contract import Pass
 from fxprune.passes import GradualMagnitude, Magnitude, SparseConnectivity
 from fxprune.progress import track
@@ -215,17 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog="a first look: python -m examples.sparse_connectivity --data data --quick",
+    parser = results_parser(
+        "sparse_connectivity", __doc__, "folder with mnist/mnist_train.npz and mnist/mnist_test.npz"
     )
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    data_help = "folder with mnist/mnist_train.npz and mnist/mnist_test.npz"
-    source.add_argument("--data", type=Path, help=data_help)
-    source.add_argument("--table", type=Path, help="only show the results in this file")
-    add("--out", type=Path, default=Path("sparse_connectivity.jsonl"), help="[%(default)s]")
     add("--model", choices=MODELS, default="lenet-300-100", help="[%(default)s]")
     add("--seeds", type=int, default=3, help="how many seeds, from 0 [%(default)s]")
     sparsity_help = "fractions of the connections to remove [0.9 0.95 0.97 0.98 0.99]"

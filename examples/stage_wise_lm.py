@@ -53,7 +53,7 @@ from examples.language_model import (
     products,
     read_corpus,
 )
-from examples.result_lines import Run, add_result, by_setting, read_results
+from examples.result_lines import Run, add_result, by_setting, read_results, results_parser
 from examples.stage_wise_table import CLASSES, draw, table
 from fxprune.contract import Pass
 from fxprune.passes import GradualMagnitude, StageWise
@@ -337,13 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
-    )
+    parser = results_parser("stage_wise_lm", __doc__, "folder with the texts")
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="folder with the texts")
-    source.add_argument("--table", type=Path, help="only show the results in this file")
     add("--words", action="store_true", help="Penn Treebank, by words")
     add("--long", action="store_true", help="words, with more rounds and a rate that falls")
     add("--rounds", type=int, help="of pruning and retraining, at most")
@@ -354,10 +349,8 @@ def _parser() -> argparse.ArgumentParser:
     searched = [m for m in METHODS if m != "cma"]
     add("--methods", nargs="*", choices=METHODS, default=searched, help="[all but cma]")
     add("--gradual", type=float, nargs="+", default=[], help="more sparsities for gradual")
-    out_help = "results file [%(default)s]; checkpoints go to a folder beside it"
     only_help = "one search of each method (not sequential, not gradual) and no retraining"
     add("--search-only", action="store_true", help=only_help)
-    add("--out", type=Path, default=Path("stage_wise_lm.jsonl"), help=out_help)
     add("--picture", type=Path, help="draw sparsity and perplexity into this file")
     add("--quick", action="store_true", help="a tiny model, to see that it works")
     return parser
