@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +23,7 @@ __all__ = [
     "KilledError",
     "KilledLoss",
     "Tagger",
+    "check_that_it_continues",
     "make_task",
     "momentum",
     "mse",
@@ -103,3 +106,17 @@ class KilledLoss:
         if self.calls == self._call:
             raise self._error
         return mse(model, batch)
+
+
+def check_that_it_continues(program: Program, chosen: Pass, folder: Path) -> None:
+    """A run that was broken off in its third epoch ends as the unbroken one, bit for bit."""
+    whole = prune(program, chosen, task=make_task()).program
+    loss = KilledLoss(20)
+
+    with pytest.raises(Exception, match="KilledError"):
+        prune(program, chosen, task=make_task(loss=loss, checkpoint=folder))
+    continued = prune(program, chosen, task=make_task(loss=loss, checkpoint=folder)).program
+    assert loss.calls == 20 + 16  # two of four epochs were done
+    assert continued.masks.same_as(whole.masks)
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(continued.tensors[name], tensor)

@@ -26,8 +26,8 @@ from tests.passes.tagging import (
     BATCHES,
     EXAMPLE,
     WEIGHTS,
-    KilledLoss,
     Tagger,
+    check_that_it_continues,
     make_task,
     momentum,
     mse,
@@ -263,17 +263,7 @@ def test_a_state_dict_continues_bit_for_bit(
 
 
 def test_a_broken_run_continues_where_it_was(program: Program, tmp_path: Path) -> None:
-    chosen = SparseConnectivity(target=0.3)
-    whole = prune(program, chosen, task=make_task()).program
-    loss = KilledLoss(20)
-
-    with pytest.raises(Exception, match="KilledError"):
-        prune(program, chosen, task=make_task(loss=loss, checkpoint=tmp_path))
-    continued = prune(program, chosen, task=make_task(loss=loss, checkpoint=tmp_path))
-    assert loss.calls == 20 + 16  # two of four epochs were done
-    assert continued.program.masks.same_as(whole.masks)
-    for name, tensor in whole.tensors.items():
-        assert torch.equal(continued.program.tensors[name], tensor)
+    check_that_it_continues(program, SparseConnectivity(target=0.3), tmp_path)
 
 
 def test_compile_learns_and_shrinks() -> None:

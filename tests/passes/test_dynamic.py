@@ -30,7 +30,7 @@ from fxprune.tracing.tracer import trace
 from fxprune.training import Task
 from tests.laws import assert_same, at_precision
 from tests.passes import tagging
-from tests.passes.tagging import BATCHES, WEIGHTS, KilledLoss, mse, tagger
+from tests.passes.tagging import BATCHES, WEIGHTS, check_that_it_continues, mse, tagger
 from tests.zoo import by_name
 
 STEPS = 12
@@ -486,17 +486,7 @@ def test_state_dicts_resume_bit_for_bit(program: Program, structure: str) -> Non
 
 
 def test_a_broken_run_continues_where_it_was(program: Program, tmp_path: Path) -> None:
-    pass_ = DynamicPruning(0.7, "connection+filter", every=3)
-    whole = prune(program, pass_).program
-    loss = KilledLoss(20)
-
-    with pytest.raises(Exception, match="KilledError"):
-        prune(program, pass_, loss=loss, checkpoint=tmp_path)
-    continued = prune(program, pass_, loss=loss, checkpoint=tmp_path).program
-    assert loss.calls == 20 + 16  # two of four epochs were done
-    assert continued.masks.same_as(whole.masks)
-    for name, tensor in whole.tensors.items():
-        assert torch.equal(continued.tensors[name], tensor)
+    check_that_it_continues(program, DynamicPruning(0.7, "connection+filter", every=3), tmp_path)
 
 
 def test_compile_prunes_trains_and_shrinks() -> None:

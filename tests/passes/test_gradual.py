@@ -23,8 +23,8 @@ from tests.passes.tagging import (
     BATCHES,
     EXAMPLE,
     WEIGHTS,
-    KilledLoss,
     Tagger,
+    check_that_it_continues,
     make_task,
     momentum,
     mse,
@@ -227,17 +227,7 @@ def test_same_seed_same_result_and_nothing_else_changes(program: Program) -> Non
 
 def test_a_broken_run_continues_where_it_was(program: Program, tmp_path: Path) -> None:
     """The masks and the step are in the checkpoint."""
-    gradual = GradualMagnitude(0.8, every=3)
-    whole = prune(program, gradual, task=make_task()).program
-    loss = KilledLoss(20)
-
-    with pytest.raises(Exception, match="KilledError"):
-        prune(program, gradual, task=make_task(loss=loss, checkpoint=tmp_path))
-    continued = prune(program, gradual, task=make_task(loss=loss, checkpoint=tmp_path))
-    assert loss.calls == 20 + 16  # two of four epochs were done
-    assert continued.program.masks.same_as(whole.masks)
-    for name, tensor in whole.tensors.items():
-        assert torch.equal(continued.program.tensors[name], tensor)
+    check_that_it_continues(program, GradualMagnitude(0.8, every=3), tmp_path)
 
 
 def test_compile_runs_it_once_and_shrinks() -> None:
