@@ -9,10 +9,10 @@ methods train for at most as many steps and, but for ``small``, from the same in
 
 - dense: the whole model;
 - l0: hard concrete gates on embedding channels and units, to a fraction of the dense
-  multiply-accumulate operations, learned in the first part of the steps; then the gates become
-  weights, the model shrinks, and the compact one trains on;
+  multiply-accumulate operations, learned in most of the steps; then the gates become weights, the
+  model shrinks, and the compact one trains on;
 - lasso: the same with group lasso;
-- magnitude: dense for the first part, then the smallest neurons go at once, as many of each group
+- magnitude: dense for a smaller part, then the smallest neurons go at once, as many of each group
   as l0 left out, and the compact model trains on;
 - small: a dense model of the sizes that l0 arrived at, from scratch, with weights of its own.
 
@@ -82,7 +82,8 @@ class Setting:
         batch: parts of a text that are read side by side.
         steps: tokens of each that are read at a time.
         epochs: of training, in all.
-        selecting: the fraction of them before the model shrinks.
+        selecting: the fraction of them in which gates are learned, before the model shrinks.
+        cutting: the fraction of them before the smallest neurons go, for ``magnitude``.
         patience: epochs without progress after which a training ends.
         rate: of Adam.
         falling: what is left of the rate in the end; it falls over the second half of the steps
@@ -96,7 +97,8 @@ class Setting:
     batch: int = 32
     steps: int = 64
     epochs: int = 8
-    selecting: float = 0.375
+    selecting: float = 0.75
+    cutting: float = 0.375
     patience: int = 3
     rate: float = 2e-3
     target: float = 0.1
@@ -104,7 +106,9 @@ class Setting:
 
 
 WORDS = Setting("words", 1500, 0, 20, 35, 40, rate=1e-3, target=0.06)
-QUICK = Setting("characters", 16, 20_000, 8, 25, 4, selecting=0.5, rate=1e-2, target=0.3)
+QUICK = Setting(
+    "characters", 16, 20_000, 8, 25, 4, selecting=0.5, cutting=0.5, rate=1e-2, target=0.3
+)
 
 
 @dataclass(frozen=True)
@@ -201,13 +205,16 @@ class Experiment:
             sizes: what l0 left of each neuron group, for the methods that are given it.
         """
         setting = self.setting
-        first, rest = setting.epochs * setting.selecting, setting.epochs * (1 - setting.selecting)
+        part = setting.cutting if method == "magnitude" else setting.selecting
+        first, rest = setting.epochs * part, setting.epochs * (1 - part)
         if method == "dense":
             model = self.initial()
             fit(model, self.task(method, setting.epochs), name=method)
             return self.scores(self.compile(model, [], None))
         if method in CRITERIA:
-            chosen = NeuronSelection(target=setting.target, criterion=CRITERIA[method])
+            criterion = CRITERIA[method]
+            # To the end of this part, since the compact model trains on.
+            chosen = NeuronSelection(setting.target, criterion=criterion, ramp=0.9, end=1.0)
             task = self.task(f"{method}-gates", first, last=False)
             compact = self.compile(self.initial(), [chosen], task)
         else:
