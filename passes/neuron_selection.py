@@ -1,7 +1,7 @@
 """Neuron selection: gates on neurons are learned with the task, and closed neurons go.
 
     loss + penalty * (expected cost) / (cost),  gates hard concrete     (criterion "l0")
-    loss + penalty * sum of ||weights of a neuron||                     (criterion "group_lasso")
+    loss + penalty * sum of ||weights of a neuron|| / reference         (criterion "group_lasso")
 
 Each neuron has one gate, which scales whatever leaves it, in every block that reads it and at all
 time steps; where two layers meet, and for tied weights, it is the same. The expected cost counts
@@ -9,7 +9,8 @@ a connection with the probability of both its ends.
 
 1. ``penalty`` sets the strength. ``target`` sets the cost that is to be left, and the strength is
    controlled (:mod:`fxprune.learning.budget`): the goal falls over the steps up to ``ramp``. For
-   group lasso the sum of norms is led to the root of the target.
+   group lasso the sum of norms is led to the root of the target; the reference is the mean norm
+   that the group of the neuron began with.
 2. At ``end`` the gates become what they are without noise, and stay. With a target, the neurons of
    highest gate (or norm) are there, as many as it allows: some close, or open again by a tenth.
 3. Each group keeps a neuron: of a group with closed gates only, the best one is open.
@@ -57,7 +58,8 @@ class NeuronSelection(LearnedPass):
 
     Attributes:
         target: the fraction of the cost to be left, in (0, 1); this or ``penalty``.
-        penalty: what all of the cost adds to the loss, or for group lasso what a norm of 1 does.
+        penalty: what all of the cost adds to the loss, or for group lasso what a neuron of its
+            group's first mean norm does.
         cost: what is to be saved: "macs" (default), "parameters" or "milliseconds", which are
             measured on the example when the training begins.
         criterion: how gates are learned, "l0" (default) or "group_lasso".

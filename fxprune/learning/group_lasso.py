@@ -1,14 +1,17 @@
 """Group lasso over neurons: a penalty on the norm of all weights that a neuron owns.
 
-    penalty = strength * sum over neurons of sqrt(||weights of the neuron||^2 + 1e-8)
+    penalty = strength * sum over neurons of sqrt(||weights of the neuron||^2 + 1e-8) / reference
 
 A neuron owns the connections that begin or end at it, in every weight, each once; biases are not
-among them. Its gate is open until its norm has fallen below a fraction of what the neurons of its
-group had on average in the beginning; then it is 0 and stays so.
+among them. The reference is what the neurons of its group had on average in the beginning. Without
+it an embedding, whose weights begin forty times as large as those of a layer of 512 units, is
+pulled so much harder that Adam closes all of it but one channel. A gate is open until the norm has
+fallen below a fraction of the reference; then it is 0 and stays so. A group that begins at 0 is not
+judged.
 
 Source: Wen et al., "Learning intrinsic sparse structures within long short-term memory",
 https://arxiv.org/abs/1709.05027. There, inputs of the first layer belong to no group, and what is
-zeroed are single weights below a threshold.
+zeroed are single weights below a threshold. The reference is ours.
 """
 
 from __future__ import annotations
@@ -72,19 +75,25 @@ class GroupLasso(NeuronGates):
 
     def scores(self) -> Tensor:
         """The norm of each neuron, as a fraction of the mean that its group had."""
-        return torch.where(self.reference > 0, self.norm / self.reference, math.inf)
+        return torch.where(self.judged, self.norm / self.reference, math.inf)
 
     def learned(self) -> Tensor:
         """1 for those that are open."""
         return self.open.float()
 
     def penalty(self, module: fx.GraphModule) -> Tensor:
-        """The sum of the norms of neurons that are open, differentiable."""
-        return self._norms(dict(module.named_parameters()))[self.open].sum()
+        """The sum of the norms of neurons that are open, as such fractions, differentiable."""
+        relative = self._norms(dict(module.named_parameters())) / self.reference
+        return relative[self.open & self.judged].sum()
 
     def measure(self, module: fx.GraphModule) -> Tensor:
         """That sum, as a fraction of what it was."""
-        return self.penalty(module) / self.reference.sum()
+        return self.penalty(module) / self.judged.sum().clamp(min=1)
+
+    @property
+    def judged(self) -> Tensor:
+        """Which neurons are of a group that did not begin at 0."""
+        return self.reference > 2 * math.sqrt(EPS)
 
     def goal(self, target: float) -> float:
         """Its root: where half the neurons are left, so is a quarter of their connections."""

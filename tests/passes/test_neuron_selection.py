@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -333,20 +334,46 @@ def test_group_lasso_closes_small_neurons_for_good() -> None:
     assert float(learning.gates.scores()[17]) > float(norm[17])
 
 
-def test_norm_of_a_neuron_is_that_of_all_it_owns() -> None:
-    made = prepared(NeuronSelection(penalty=0.5, criterion="group_lasso"))
-    p = dict(made.module.named_parameters())
-    total = torch.zeros(())
-    for k in range(6):
-        owned = [p["stem.weight"][k], p["rnn.weight_ih_l0"][:, k]]
-        total = total + torch.cat([v.flatten() for v in owned]).norm()
+def norms_by_group(p: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of all that each neuron owns: those of the stem, and of both layers."""
+
+    def norm(*owned: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(torch.cat([v.detach().flatten() for v in owned]))
+
+    stem = [norm(p["stem.weight"][k], p["rnn.weight_ih_l0"][:, k]) for k in range(6)]
+    groups = [torch.stack(stem)]
     for layer, reader in ((0, "rnn.weight_ih_l1"), (1, "head.weight")):
+        found = []
         for k in range(8):
             rows, others = [k, 8 + k, 16 + k], [i for i in range(24) if i % 8 != k]
-            w_hh = p[f"rnn.weight_hh_l{layer}"]
-            owned = [p[f"rnn.weight_ih_l{layer}"][rows], w_hh[rows], w_hh[others][:, k]]
-            total = total + torch.cat([v.flatten() for v in (*owned, p[reader][:, k])]).norm()
-    torch.testing.assert_close(made.penalty(), 0.5 * total, rtol=1e-5, atol=0)
+            w_hh, w_ih = p[f"rnn.weight_hh_l{layer}"], p[f"rnn.weight_ih_l{layer}"]
+            found.append(norm(w_ih[rows], w_hh[rows], w_hh[others][:, k], p[reader][:, k]))
+        groups.append(torch.stack(found))
+    return groups
+
+
+def test_norms_are_of_all_a_neuron_owns_as_fractions_of_its_groups_first_mean() -> None:
+    made = prepared(NeuronSelection(penalty=0.5, criterion="group_lasso"))
+    p = dict(made.module.named_parameters())
+    references = [norms.mean() for norms in norms_by_group(p)]
+    with torch.no_grad():
+        for factor, name in enumerate(("stem.weight", "rnn.weight_hh_l0", "head.weight"), 2):
+            p[name].mul_(factor)
+    now = zip(norms_by_group(p), references, strict=True)
+    total = torch.stack([(norms / reference).sum() for norms, reference in now]).sum()
+    torch.testing.assert_close(made.penalty().detach(), 0.5 * total, rtol=1e-5, atol=0)
+
+
+def test_a_group_that_begins_at_zero_is_not_judged() -> None:
+    model = tagger()
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        weights["stem.weight"].zero_()
+        weights["rnn.weight_ih_l0"].zero_()
+    made = prepared(NeuronSelection(penalty=0.5, criterion="group_lasso"), model=model)
+    assert float(made.penalty().detach()) == pytest.approx(0.5 * (8 + 8), rel=1e-5)
+    made.step()
+    assert bool((selection(made).gates.learned() == 1).all())
 
 
 # What is left alone, and what is refused ----------------------------------------------------------
