@@ -338,7 +338,7 @@ def norms_by_group(p: Mapping[str, Tensor]) -> list[Tensor]:
     """Of all that each neuron owns: those of the stem, and of both layers."""
 
     def norm(*owned: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(torch.cat([v.detach().flatten() for v in owned]))
+        return torch.cat([v.detach().flatten() for v in owned]).square().sum().sqrt()
 
     stem = [norm(p["stem.weight"][k], p["rnn.weight_ih_l0"][:, k]) for k in range(6)]
     groups = [torch.stack(stem)]
