@@ -46,7 +46,7 @@ def results_parser(name: str, description: str | None, data_help: str) -> Argume
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help=data_help)
     source.add_argument("--table", type=Path, help="only show the results in this file")
-    out_help = "results file [%(default)s]; what goes on later is kept in a folder beside it"
+    out_help = "results file [%(default)s]; checkpoints, if any, go to a folder beside it"
     parser.add_argument("--out", type=Path, default=Path(f"{name}.jsonl"), help=out_help)
     return parser
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import PreconditionError
-from fxprune.masking.selection import select_connections, select_lowest
+from fxprune.masking.selection import floor_refusals, select_connections, select_lowest
 from fxprune.program import Refusal
 
 if TYPE_CHECKING:
@@ -89,12 +89,7 @@ def cut_neurons(
         for g in groups
         if bool(unscored[g.neurons].any())
     ]
-    reasons += [
-        Refusal(
-            groups[i].name, "kept its best one, though it was among the lowest: none may go empty"
-        )
-        for i in floored.nonzero().flatten().tolist()
-    ]
+    reasons += floor_refusals([g.name for g in groups], floored)
     cut = candidates[goes]
     if round_to > 1:
         cut = _rounded(cut, found, scores, round_to)

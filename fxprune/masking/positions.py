@@ -11,7 +11,7 @@ from torch import Tensor
 from fxprune.analysis.walker import CONVOLUTIONS
 from fxprune.masking.ends import seen_from, varying, weights_of
 from fxprune.masking.scores import position_scores
-from fxprune.masking.selection import select_lowest
+from fxprune.masking.selection import floor_refusals, select_lowest
 from fxprune.masking.structure import Selected, Structure, Values, at_values
 from fxprune.program import Refusal
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["POSITION_STRUCTURES", "make_positions"]
 
-_BEST_KEPT = "kept its best one, though it was among the lowest: none may go empty"
 POSITION_STRUCTURES = ("kernel-row", "kernel-column", "kernel", "row", "column")
 
 
@@ -113,7 +112,7 @@ class _Positions(Structure):
         goes[able], floored = select_lowest(
             scores[able], rivals[able], group[able], floor, sparsity
         )
-        best = (Refusal(weights[i].name, _BEST_KEPT) for i in floored.nonzero().flatten().tolist())
+        best = floor_refusals([w.name for w in weights], floored)
         return goes, (*self.found.kept_weights, *self.kept, *best)
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:

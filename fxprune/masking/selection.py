@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxprune.program import Refusal
+
 if TYPE_CHECKING:
     from fxprune.masking.prunable import Weight
 
-__all__ = ["removal_count", "select_connections", "select_lowest"]
+__all__ = ["floor_refusals", "removal_count", "select_connections", "select_lowest"]
 
 
 def removal_count(sparsity: float, n: int) -> int:
@@ -131,3 +133,9 @@ def _find_bits(stream: Callable[[], Iterator[Tensor]], rank: int, width: int) ->
         rank -= int(up_to[digit] - histogram[digit])
         found = found << 16 | digit
     return found, rank
+
+
+def floor_refusals(names: Sequence[str], floored: Tensor) -> tuple[Refusal, ...]:
+    """Says of the floored groups, in the order of their names, that one candidate stays."""
+    reason = "kept its best one, though it was among the lowest: none may go empty"
+    return tuple(Refusal(names[i], reason) for i in floored.nonzero().flatten().tolist())
