@@ -6,11 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
+
+CLIP = {"characters": 1.0, "words": 0.25}
+"""The largest norm of a gradient, for either text."""
 
 Batch = tuple[Tensor, Tensor, bool]
 """Tokens and those that follow them, [time, batch], and whether the text begins here."""
@@ -142,6 +146,12 @@ def products(device: str) -> str:
     else:
         narrow = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if narrow else "float32"
+
+
+def optimizer(text: str, rate: float, parameters: Any) -> torch.optim.Optimizer:
+    """Adam for characters; for words plain steps as published, where Adam learns little."""
+    kind = torch.optim.SGD if text == "words" else torch.optim.Adam
+    return kind(parameters, lr=rate)
 
 
 def falling(end: float, steps: int, optimizer: torch.optim.Optimizer) -> LambdaLR:

@@ -39,12 +39,14 @@ from torch import Tensor, nn
 
 import fxprune
 from examples.language_model import (
+    CLIP,
     Corpus,
     LanguageModel,
     Reader,
     batches,
     falling,
     judge,
+    optimizer,
     products,
     read_corpus,
 )
@@ -85,10 +87,11 @@ class Setting:
         selecting: the fraction of them in which gates are learned, before the model shrinks.
         cutting: the fraction of them before the smallest neurons go, for ``magnitude``.
         patience: epochs without progress after which a training ends.
-        rate: of Adam.
+        rate: of Adam for characters, of plain steps for words.
         falling: what is left of the rate in the end; it falls over the second half of the steps
             that the dense model or the compact one trains.
         target: fraction of the dense multiply-accumulate operations that is to be left.
+        spread: of the weights of embedding and decoder before training; None for torch's.
     """
 
     text: str = "characters"
@@ -103,9 +106,10 @@ class Setting:
     rate: float = 2e-3
     target: float = 0.1
     falling: float = 0.05
+    spread: float | None = None
 
 
-WORDS = Setting("words", 1500, 0, 20, 35, 40, rate=1e-3, target=0.06)
+WORDS = Setting("words", 1500, 0, 20, 35, 40, rate=20.0, target=0.06, spread=0.1)
 QUICK = Setting(
     "characters", 16, 20_000, 8, 25, 4, selecting=0.5, cutting=0.5, rate=1e-2, target=0.3
 )
@@ -159,7 +163,7 @@ class Experiment:
     def initial(self) -> LanguageModel:
         """The model before training."""
         with preserved_random_state(self.seed):
-            return LanguageModel(self.corpus.vocabulary, self.setting.width)
+            return LanguageModel(self.corpus.vocabulary, self.setting.width, self.setting.spread)
 
     def task(self, name: str, epochs: float, *, last: bool = True) -> Task:
         """Training on the text, judged by perplexity on the validation text.
@@ -174,10 +178,10 @@ class Experiment:
             train,
             lambda model: self.judge(model, self.corpus.validation)[0],
             goal="min",
-            optimizer=lambda p: torch.optim.Adam(p, lr=setting.rate),
+            optimizer=partial(optimizer, setting.text, setting.rate),
             scheduler=partial(falling, setting.falling, steps) if last else None,
             steps=steps,
-            clip=1.0,
+            clip=CLIP[setting.text],
             patience=setting.patience,
             checkpoint=self.folder / name,
             seed=self.seed,
@@ -225,7 +229,7 @@ class Experiment:
             if method == "small":
                 rest = setting.epochs
                 with preserved_random_state(self.seed):
-                    _initialize(compact.module)
+                    _initialize(compact.module, setting.spread)
         fit(compact.module, self.task(method, rest), name=method)
         return self.scores(compact)
 
@@ -259,10 +263,12 @@ class Experiment:
         return {name: 35 if "time" in name or name == "tokens_dim_0" else 1 for name in known}
 
 
-def _initialize(model: nn.Module) -> None:
-    """Weights as torch initializes layers of these sizes."""
+def _initialize(model: nn.Module, spread: float | None) -> None:
+    """Weights as those of a :class:`LanguageModel` of these sizes begin."""
     for name, p in model.named_parameters():
-        if name.startswith("embedding"):
+        if spread is not None and not name.startswith("lstm"):
+            nn.init.zeros_(p) if name == "decoder.bias" else nn.init.uniform_(p, -spread, spread)
+        elif name.startswith("embedding"):
             nn.init.normal_(p)
         else:
             width = model.get_parameter("decoder.weight").shape[1]

@@ -44,12 +44,14 @@ from torch import Tensor, nn
 
 import fxprune
 from examples.language_model import (
+    CLIP,
     Corpus,
     LanguageModel,
     Reader,
     batches,
     falling,
     judge,
+    optimizer,
     products,
     read_corpus,
 )
@@ -126,14 +128,9 @@ WORDS = Setting(
 """Few rounds, so each goes far; 10 % worse than dense is what the published point is."""
 LONG = replace(WORDS, epochs=8, retrain=3, rounds=10, falling=0.05, spread=0.1)
 """More and better training, of the dense model as well as in rounds, from the published start."""
+RATE = {"characters": 2e-3, "words": 20.0}
+"""The learning rate for either text."""
 QUICK = Setting("characters", 16, 20_000, 2_000, 8, 25, 2, 1, 3, 4, 3)
-
-
-def optimizer(text: str, parameters: Any) -> torch.optim.Optimizer:
-    """Adam for characters; for words plain steps as published, where Adam learns little."""
-    if text == "words":
-        return torch.optim.SGD(parameters, lr=20)
-    return torch.optim.Adam(parameters, lr=2e-3)
 
 
 def make_task(
@@ -148,9 +145,9 @@ def make_task(
         train,
         lambda model: judge(model, judged, setting.width)[0],
         goal="min",
-        optimizer=partial(optimizer, setting.text),
+        optimizer=partial(optimizer, setting.text, RATE[setting.text]),
         epochs=epochs,
-        clip=0.25 if setting.text == "words" else 1.0,
+        clip=CLIP[setting.text],
         scheduler=partial(falling, setting.falling, steps) if setting.falling < 1 else None,
         checkpoint=folder,
         seed=seed,

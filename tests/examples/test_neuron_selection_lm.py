@@ -47,15 +47,16 @@ def test_script_keeps_each_run_and_goes_on_behind_the_last(
     assert [row.split(" | ")[0] for row in rows] == ["| l0", "| magnitude", "| small"]
 
 
-def test_fresh_weights_are_those_of_torch() -> None:
+@pytest.mark.parametrize("given", [None, 0.1])
+def test_fresh_weights_are_those_of_a_new_model(given: float | None) -> None:
     torch.manual_seed(0)
-    model = LanguageModel(50, 30)
+    model = LanguageModel(50, 30, given)
     states = torch.zeros(2, 1, 30)
     traced = trace(model, (torch.zeros(3, 1, dtype=torch.int64), states, states)).module()
     spread = {n: float(p.detach().std()) for n, p in traced.named_parameters()}
     for p in traced.parameters():
-        torch.nn.init.zeros_(p)
-    lm._initialize(traced)
+        torch.nn.init.ones_(p)
+    lm._initialize(traced, given)
     for name, p in traced.named_parameters():
         assert float(p.detach().std()) == pytest.approx(spread[name], rel=0.2), name
 
