@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fxprune.analysis import Neurons
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["as_program", "check_task", "chosen_policy", "compile"]
 
 
+@torch.inference_mode(False)  # or masks and weights made here could not be trained
 def compile(
     model_or_program: nn.Module | Program,
     policy: Policy | Pass | Sequence[Pass] | str | os.PathLike[str],

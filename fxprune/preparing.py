@@ -61,6 +61,7 @@ class Prepared:
             with torch.no_grad():
                 self._learning.step()
 
+    @torch.inference_mode(False)
     def convert(self) -> Compact:
         """The compact program with masks and weights as they are now.
 
@@ -98,6 +99,7 @@ class Prepared:
         )
 
 
+@torch.inference_mode(False)  # or masks and weights made here could not be trained
 def prepare(
     model_or_program: nn.Module | Program,
     policy: Policy | Pass | Sequence[Pass] | str | os.PathLike[str],

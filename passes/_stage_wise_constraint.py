@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ __all__ = ["Constraint"]
 WORST = 1e6
 """Fitness of a candidate whose metric is infinite or NaN; searches calculate with fitnesses."""
 
-ROUNDING = 1e-9
+ROUNDING = 4 * sys.float_info.epsilon
 """Of the numbers compared: 0.8 - 0.7 is more than 0.1 in floating point."""
 
 

@@ -25,7 +25,7 @@ from fxprune.passes._stage_wise_workers import Evaluator
 from fxprune.progress import track
 from fxprune.randomness import preserved_random_state
 from fxprune.training import fit
-from fxprune.training.checkpoint import Checkpoint, digest
+from fxprune.training.checkpoint import Checkpoint, architecture, digest
 from fxprune.training.placement import move
 from fxprune.training.step import make_optimizer, make_scheduler, settings_of
 from fxprune.weights import owned
@@ -122,15 +122,19 @@ class Rounds:
         self.state = State([0] * len(groups))
         self._keep: dict[str, Tensor] = {}
         masks = {"neurons": program.masks.neurons, **program.masks.connections}
+        buffer = self._buffer()
         # Made anew for each retraining; here it shows, before the search, that it can be made.
-        optimizer = make_optimizer(self._buffer(), task)
+        optimizer = make_optimizer(buffer, task)
         scheduler = make_scheduler(task, optimizer)
         self._run = {
             "pass": str(options),
+            "architecture": architecture(buffer),
+            "groups": str([(g.name, [w.name for w in g.weights]) for g in groups]),
             "weights": digest(program.tensors),
             "masks": digest(masks),
         } | settings_of(task, optimizer, scheduler)
-        text = f"{options} {self._run['weights']} {self._run['masks']}"
+        own = ("architecture", "groups", "weights", "masks")
+        text = " ".join([str(options), *(self._run[key] for key in own)])
         self._name = f"stage-wise-{sha256(text.encode()).hexdigest()[:8]}"
 
     def __call__(self) -> None:

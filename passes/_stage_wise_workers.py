@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxprune.archives import load, save_archive
@@ -117,7 +119,7 @@ class Remote:
 
     def __call__(self, counts: Counts) -> float:
         task = Task(_no_loss, (None,), self.validate, self.goal, seed=self.seed)
-        with _archived(self.archive, self.device).take() as buffer:
+        with _one_thread(), _archived(self.archive, self.device).take() as buffer:
             buffer.write(_material(self.material), counts)
             return judge(buffer.module, task)
 
@@ -163,6 +165,17 @@ def _remove_folders(task: Task, name: str) -> None:
     if task.checkpoint is not None:
         for folder in Path(task.checkpoint).glob(f"{name}-workers-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A forked process waits for ever for threads of its parent; and workers share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _no_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -21,8 +21,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils import _pytree as pytree
 
 import fxprune
+from fxprune.contract import Pass
 from fxprune.errors import ConfigError, VerificationError
-from fxprune.passes import Magnitude
+from fxprune.passes import DynamicPruning, GradualMagnitude, Magnitude, StageWise
 from tests.small import HALF, PackedTagger, Tagger, TiedModel, frames, tensors_of
 
 NOTHING = Magnitude(0.0)
@@ -314,6 +315,31 @@ def test_compiling_where_nothing_is_recorded(
         compact = compact or compiled(model, X)
     compact.module.train()(X).sum().backward()
     assert all(p.grad is not None for p in compact.module.parameters())
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        Magnitude(0.5),
+        GradualMagnitude(0.5, every=1),
+        DynamicPruning(0.5),
+        StageWise(0.5, population=2, generations=2),
+    ],
+)
+def test_training_inside_inference_mode(pass_: Pass) -> None:
+    model = Tagger()
+    task = fxprune.Task(
+        lambda m, b: m(b).square().mean(),
+        [X],
+        lambda m: float(m(X).square().mean()),
+        goal="min",
+        epochs=2,
+    )
+    with torch.inference_mode():
+        compact = fxprune.compile(model, pass_, example_inputs=(X,), task=task, progress=False)
+        prepared = fxprune.prepare(model, Magnitude(0.5), example_inputs=(X,))
+    assert compact.report.sparsity > 0
+    prepared.module(X).sum().backward()
 
 
 def test_modes_stay_what_they_were() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 from fxprune.errors import ConfigError, TrainingError
 from fxprune.files import appearing
 
-__all__ = ["Checkpoint", "digest", "tensors_of"]
+__all__ = ["Checkpoint", "architecture", "digest", "tensors_of"]
 
 _FORMAT = 1
+
+_LONGEST = 200
+"""Characters of a name; file systems allow 255 bytes, and the file is written beside its place."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class Checkpoint:
                 f"the checkpoint folder {os.fspath(folder)!r} cannot be made ({error}): "
                 "name one that can be written"
             ) from error
-        file_name = re.sub(r"[^\w.-]+", "-", name) + ".pt"
-        return cls(Path(folder) / file_name, run)
+        return cls(Path(folder) / f"{_file_name(name)}.pt", run)
 
     def load(self) -> dict[str, Any] | None:
         """Read the state; None where nothing has been saved yet.
@@ -63,12 +64,13 @@ class Checkpoint:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # what the unpickler stumbles upon in a foreign file is open
             raise ConfigError(
                 f"the checkpoint {str(self.path)!r} cannot be read ({type(error).__name__}): "
                 f"{remedy}"
             ) from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        whole = isinstance(content, dict) and {"format", "run", "state"} <= content.keys()
+        if not whole or content["format"] != _FORMAT:
             raise ConfigError(f"{str(self.path)!r} is not a checkpoint of fxprune: {remedy}")
         if content["run"] != dict(self.run):
             raise ConfigError(
@@ -100,6 +102,16 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
+def architecture(module: nn.Module) -> str:
+    """A short text that differs where what modules compute with their tensors does.
+
+    It tells traced modules apart by their graph, others by what they print.
+    """
+    # An address, of a function for instance, would be another one in the next process.
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(module))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """A short text that differs where any value, shape or type of the tensors does."""
     result = hashlib.sha256()
@@ -108,6 +120,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         result.update(flat.view(torch.uint8).numpy().data)
     return result.hexdigest()[:16]
+
+
+def _file_name(name: str) -> str:
+    """A name that a file can have; a long one ends in a digest of what is left out."""
+    short = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    if len(short) <= _LONGEST:
+        return short
+    end = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{short[: _LONGEST - 9]}-{end}"
 
 
 def _difference(there: Mapping[str, str], here: Mapping[str, str]) -> str:

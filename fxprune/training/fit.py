@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fxprune.errors import ConfigError, TrainingError
 from fxprune.progress import Tracker, track
 from fxprune.randomness import preserved_random_state, random_state, set_random_state
-from fxprune.training.checkpoint import Checkpoint, digest, tensors_of
+from fxprune.training.checkpoint import Checkpoint, architecture, digest, tensors_of
 from fxprune.training.evaluate import evaluate
 from fxprune.training.placement import kept_modes, loader_generators, moved, placed
 from fxprune.training.step import Stepper, make_optimizer, make_scheduler, settings_of
@@ -260,6 +260,7 @@ class _Run:
         tensors = tensors_of(self.module)
         return {
             "tensors": ", ".join(f"{name}{list(t.shape)}" for name, t in tensors.items()),
+            "architecture": architecture(self.module),
             "weights before training": digest(tensors),
             "device": str(self.device and self.device.type),
             "keep": self.keep,

@@ -38,6 +38,13 @@ def make_optimizer(module: nn.Module, task: Task) -> Optimizer:
             "torch.optim.Optimizer whose step needs no closure, such as "
             "lambda p: torch.optim.SGD(p, lr=0.1)"
         )
+    given = {id(parameter) for parameter in parameters}
+    if any(id(p) not in given for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            "Task.optimizer made an optimizer of other parameters than it was given: what is "
+            "trained is a traced copy. Write lambda p: torch.optim.SGD(p, lr=0.1), not one that "
+            "names your model"
+        )
     return optimizer
 
 
@@ -55,6 +62,11 @@ def make_scheduler(task: Task, optimizer: Optimizer) -> LRScheduler | None:
             f"Task.scheduler made a {type(scheduler).__name__}: it must make a scheduler of "
             "torch.optim.lr_scheduler that is stepped without a metric, such as "
             "lambda o: CosineAnnealingLR(o, 1000)"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(
+            "Task.scheduler made a scheduler of another optimizer than it was given: write "
+            "lambda o: CosineAnnealingLR(o, 1000), with that o"
         )
     return scheduler
 
@@ -125,8 +137,13 @@ class Stepper:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in trained):
+            raise TrainingError(
+                f"{where}: the loss does not depend on the parameters that are trained: compute "
+                "it from the module that Task.loss is given, not from one of your own"
+            )
         if self.task.clip is not None:
-            trained = (p for group in self.optimizer.param_groups for p in group["params"])
             nn.utils.clip_grad_norm_(trained, self.task.clip)
         self.optimizer.step()
         if self.scheduler is not None:

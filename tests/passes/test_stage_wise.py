@@ -57,6 +57,12 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def validate_with_large_products(model: nn.Module) -> float:
+    large = torch.ones(1000, 1000)
+    large @ large
+    return validate(model)
+
+
 def validate(model: nn.Module) -> float:
     return float(loss(model, (X, Y)))
 
@@ -317,6 +323,7 @@ def test_a_limit_may_be_reached_and_rounding_does_not_count() -> None:
         ceiling = Constraint(metric, "min", 0.1, relative=False)
         assert ceiling.fitness(0.5, dense) == -0.5
         assert ceiling.fitness(0.5, dense + 1e-6) > 1
+    assert Constraint(1e9, "min", 0.5, relative=False).fitness(0.5, 1e9 + 0.6) > 1
 
 
 def test_the_only_round_that_finds_nothing_says_so(program: Program) -> None:
@@ -480,6 +487,21 @@ def test_executors_change_nothing(program: Program, executor: Executor, tmp_path
         assert torch.equal(spread.program.tensors[name], tensor)
     assert spread.refusals == alone.refusals
     assert all(p.name.endswith("-rounds.pt") for p in tmp_path.iterdir())
+
+
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent(program: Program) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        large = torch.randn(1000, 1000)
+        large @ large  # from now on this process has threads, which a fork does not
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as processes:
+            options = stage_wise(executor=processes)
+            outcome = prune(program, options, make_task(validate=validate_with_large_products))
+    finally:
+        torch.set_num_threads(threads)
+    assert removed(outcome.program)
+    assert not any("executor" in str(r) for r in outcome.refusals)
 
 
 def test_threads_have_a_buffer_each_and_no_more(program: Program) -> None:

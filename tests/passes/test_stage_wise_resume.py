@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import fxprune
 from fxprune.contract import Context, Facts
 from fxprune.errors import ConfigError
 from fxprune.passes.stage_wise import StageWise
@@ -113,6 +114,18 @@ def test_a_finished_run_is_no_answer_to_other_training(
     with pytest.raises(ConfigError, match=rf"another run \({named}"):
         facts = Facts(program, Context(task))
         run_passes(program, [StageWise(**killed_run.OPTIONS)], facts=facts)
+
+
+def test_other_protection_is_another_run(tmp_path: Path, program: Program) -> None:
+    """The groups differ, though weights and options are the same."""
+    task = killed_run.make_task(tmp_path, lambda what: None)
+    for protect in ([], ["head.*"]):
+        policy = fxprune.Policy([StageWise(**killed_run.OPTIONS)], protect=protect)
+        compact = fxprune.compile(program, policy, task=task, progress=False)
+        alone = fxprune.compile(
+            program, policy, task=replace(task, checkpoint=None), progress=False
+        )
+        assert compact.report.to_dict() == alone.report.to_dict()
 
 
 def test_other_options_have_a_file_of_their_own(tmp_path: Path, program: Program) -> None:

@@ -359,6 +359,26 @@ def test_what_cannot_be_trained_is_refused(options: dict[str, Any], message: str
     assert module.weight.grad is None
 
 
+def test_a_loss_of_another_model_is_refused() -> None:
+    other = scalar(4)
+    with pytest.raises(TrainingError, match=r"step 1: .*from the module that Task\.loss"):
+        fit(scalar(4), make(loss=lambda m, b: output(other, b)))
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    other = scalar(4)
+    with pytest.raises(ConfigError, match="optimizer of other parameters"):
+        fit(scalar(4), make(optimizer=lambda p: torch.optim.SGD(other.parameters(), lr=0.1)))
+
+
+def test_a_scheduler_of_another_optimizer_is_refused() -> None:
+    other = torch.optim.SGD(scalar(4).parameters(), lr=0.1)
+    constant = torch.optim.lr_scheduler.ConstantLR
+    with pytest.raises(ConfigError, match="scheduler of another optimizer"):
+        fit(scalar(4), make(scheduler=lambda o: constant(other)))
+    fit(scalar(4), make(scheduler=lambda o: constant(o)))
+
+
 def test_a_later_failure_names_epoch_and_step() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return output(model, batch) * (math.inf if weight(model) < 1.5 else 1.0)

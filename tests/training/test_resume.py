@@ -191,10 +191,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         fit(linear(), task(tmp_path), progress=False)
 
 
-@pytest.mark.parametrize("content", [{"weights": torch.ones(2)}, [1, 2]])
+@pytest.mark.parametrize("content", [{"weights": torch.ones(2)}, [1, 2], {"format": 1}])
 def test_another_programs_file_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "fine-tune.pt")
     with pytest.raises(ConfigError, match="is not a checkpoint of fxprune"):
+        fit(linear(), task(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"a.", b"X\xff\xff", b""])
+def test_a_file_of_any_kind_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "fine-tune.pt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot be read .*: delete it"):
         fit(linear(), task(tmp_path), progress=False)
 
 
@@ -219,6 +226,20 @@ def test_names_tell_the_fits_in_one_folder_apart(tmp_path: Path) -> None:
     fit(linear(), task(tmp_path), progress=False, name="first: 1/2")
     fit(linear(1), task(tmp_path), progress=False, name="second")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first-1-2.pt", "second.pt"]
+
+
+def test_a_long_name_is_cut_and_tells_apart(tmp_path: Path) -> None:
+    for end in ("a", "b", "é"):
+        fit(linear(), task(tmp_path), progress=False, name="x" * 300 + end)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_another_function_of_the_same_weights_is_another_run(tmp_path: Path) -> None:
+    """Seeded alike, a model with another activation has all tensors in common."""
+    models = [nn.Sequential(linear(), act) for act in (nn.Tanh(), nn.Sigmoid())]
+    fit(models[0], task(tmp_path), progress=False)
+    with pytest.raises(ConfigError, match=r"another run .*architecture"):
+        fit(models[1], task(tmp_path), progress=False)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
