@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fxprune.compact import Compact, finish
 from fxprune.compiler import as_program, check_task, chosen_policy
 from fxprune.contract import Context, Facts, NeuronAnalysis
-from fxprune.errors import ConfigError
+from fxprune.errors import ConfigError, TrainingError
 from fxprune.learning.contract import LearnedPass, Learning, require_agreement, training_steps
 from fxprune.masking.insertion import insert_masks
 from fxprune.pipeline import Outcome, run_passes
@@ -69,9 +69,11 @@ class Prepared:
         called at any time; the report says if masks were not final yet.
 
         Raises:
-            TrainingError: processes that trained together disagree about the masks.
+            TrainingError: a weight is not finite, or processes that trained together disagree
+                about the masks.
             VerificationError: compact and masked program differ: a defect.
         """
+        _require_finite(self.module)
         outcome, neurons = self._outcome, self._facts[NeuronAnalysis]
         if self._learning is None:
             trained = with_weights_of(outcome.program, self.module)
@@ -176,6 +178,15 @@ def _split(passes: Sequence[Pass]) -> tuple[Sequence[Pass], LearnedPass | None, 
     learned = passes[at[0]]
     assert isinstance(learned, LearnedPass)
     return passes[: at[0]], learned, tuple(passes[at[0] + 1 :])
+
+
+def _require_finite(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not bool(parameter.detach().isfinite().all()):
+            raise TrainingError(
+                f"{name} holds NaN or infinity: the training broke down. Load a state_dict of "
+                "before into prepared.module, and lower the learning rate or clip gradients"
+            )
 
 
 def _checked_steps(learned: LearnedPass | None, steps: int | None, task: Task | None) -> int:

@@ -218,7 +218,8 @@ class ConnectionMask(nn.Module):
 
     def update(self, price: float, *, normalize: bool) -> None:
         """One step of the variables, at a price for each connection that is on."""
-        gradient = self.variables.gradient()
+        # Connections that the loss does not reach cost as much, and gain nothing.
+        gradient = self.variables.gradient(absent="zero")
         if gradient is None:
             return
         if normalize:
@@ -272,12 +273,22 @@ class ConnectionMask(nn.Module):
 
     @torch.no_grad()
     def _hold(self, weight: Tensor) -> None:
-        """Notes the weight; into the same memory each time, which saves finding some."""
+        """Notes the weight of the first run in a step: a later one may be on other weights.
+
+        It goes into the same memory each time, which saves finding some.
+        """
         held = self._before
         if held is None or (held.device, held.dtype) != (weight.device, weight.dtype):
             held = self._before = torch.empty_like(weight)
+        elif self._held:
+            return
         held.copy_(weight)
         self._held = True
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """What was noted before other weights came does not count."""
+        self._held = False
+        super()._load_from_state_dict(*arguments)
 
     def _spread(self, of_variables: Tensor) -> Tensor:
         """What is said of each variable, broadcastable to the weight."""

@@ -61,7 +61,8 @@ class NeuronSelection(LearnedPass):
         penalty: what all of the cost adds to the loss, or for group lasso what a neuron of its
             group's first mean norm does.
         cost: what is to be saved: "macs" (default), "parameters" or "milliseconds", which are
-            measured on the example when the training begins.
+            measured on the example when the training begins. It is that of all weights; products
+            of two activations, as in attention, have no neurons to select and are not in it.
         criterion: how gates are learned, "l0" (default) or "group_lasso".
         scope: the neurons that get a gate: "recurrent" (default), those of recurrent layers and
             cells and those that feed them, or "all".

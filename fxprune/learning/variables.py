@@ -59,14 +59,18 @@ class MaskVariables(nn.Module):
         self.register_buffer("second", zeros.clone() if rule == "adam" else none.clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.float32))
 
-    def gradient(self) -> Tensor | None:
+    def gradient(self, *, absent: Literal["none", "zero"] = "none") -> Tensor | None:
         """What ``backward`` left, the mean over all processes, which then is taken away.
 
-        None if the values took no part, or the gradient is not finite (a step that a loss scaler
-        skips).
+        None if it is not finite (a step that a loss scaler skips).
+
+        Args:
+            absent: what it is where the values took no part.
         """
         gradient, self.values.grad = self.values.grad, None
         gradient = reduced(gradient, self.values)
+        if gradient is None and absent == "zero":
+            return torch.zeros_like(self.values, requires_grad=False)
         if gradient is None or not bool(gradient.sum().isfinite()):  # fastest of all such tests
             return None
         return gradient

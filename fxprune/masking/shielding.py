@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["SHIELDED", "shielded"]
 
@@ -68,6 +69,7 @@ class _Shielded(torch.autograd.Function):
         return result.detach()
 
     @staticmethod
+    @once_differentiable  # what goes back is of no graph: a second derivative would lack it
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (keep,) = gradients, ctx.saved_tensors
         x, *learned = ctx.own

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.errors import ConfigError, PreconditionError
-from fxprune.passes import GradualMagnitude, Magnitude, NeuronSelection, Sensitivity, StageWise
+from fxprune.errors import ConfigError, PreconditionError, TrainingError
+from fxprune.passes import (
+    DynamicPruning,
+    GradualMagnitude,
+    Magnitude,
+    NeuronSelection,
+    Sensitivity,
+    StageWise,
+)
 from fxprune.weights import owned, with_weights_of
 
 
@@ -48,6 +55,14 @@ def train(prepared: fxprune.Prepared, steps: int) -> None:
         (mse(prepared.module, BATCHES[step % 4]) + prepared.penalty()).backward()
         optimizer.step()
         prepared.step()
+
+
+def test_what_broke_down_is_not_converted() -> None:
+    prepared = fxprune.prepare(Tagger(), DynamicPruning(0.5), example_inputs=EXAMPLE, steps=2)
+    with torch.no_grad():
+        next(prepared.module.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(TrainingError, match="holds NaN or infinity: the training broke down"):
+        prepared.convert()
 
 
 def test_what_was_converted_does_not_train_on() -> None:

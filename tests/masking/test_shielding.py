@@ -42,6 +42,14 @@ def test_gradients_are_those_of_two_products(case: str, bias: bool) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    product = shielded(functional.linear, KEEP, x, weight).square().sum()
+    (slope,) = torch.autograd.grad(product, [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     x, weight = torch.randn(5, 3), torch.randn(4, 3, requires_grad=True)
     shielded(functional.linear, KEEP, x, weight).sum().backward()

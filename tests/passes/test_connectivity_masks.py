@@ -34,6 +34,17 @@ SLOPES: dict[str, Callable[[float], float]] = {
 }
 
 
+class Both(nn.Module):
+    """Two layers side by side."""
+
+    def __init__(self, parts: nn.ModuleDict) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.parts["used"](x), self.parts["idle"](x)
+
+
 def mask_of(prepared: Prepared, weight: str) -> ConnectionMask:
     found = prepared.module.get_submodule(mask_module_name(weight))
     assert isinstance(found, ConnectionMask)
@@ -144,6 +155,41 @@ def test_what_is_off_keeps_its_weight(decay: float) -> None:
     off = M <= 0
     assert torch.equal(weight[off], before[off])
     assert bool((weight[~off] != before[~off]).all())
+
+
+def test_connections_that_the_loss_does_not_reach_cost_as_much() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(2, 3), "idle": nn.Linear(2, 3)})
+    chosen = SparseConnectivity(penalty=0.5, rate=1.0, end=1.0)
+    prepared = fxprune.prepare(Both(model), chosen, example_inputs=X, steps=100)
+    idle = mask_of(prepared, "parts.idle.weight")
+    before = idle.values.detach().clone()
+    prepared.module(X)[0].square().sum().backward()
+    prepared.step()
+    torch.testing.assert_close(idle.values.detach(), before - 0.01 * 0.5)
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+def test_weights_of_the_first_run_in_a_step_are_held(looks: int) -> None:
+    """Perturbed weights, or those after the optimizer's step, are not what it found."""
+    prepared, _, weight = one_layer(penalty=0.0)
+    before = weight.detach().clone()
+    prepared.module(X).square().sum().backward()
+    with torch.no_grad():
+        weight.add_(1.0)
+    for _ in range(looks):
+        prepared.module(X)
+    prepared.step()
+    off = M <= 0
+    assert torch.equal(weight[off], before[off])
+
+
+def test_weights_that_are_loaded_are_not_undone() -> None:
+    prepared, _, weight = one_layer(penalty=0.0)
+    prepared.module(X)  # a look, and then the weights of another run
+    other = {n: t + 1.0 if n == "weight" else t for n, t in prepared.module.state_dict().items()}
+    prepared.module.load_state_dict(other)
+    prepared.step()
+    assert torch.equal(weight, W + 1.0)
 
 
 def test_weights_are_held_only_while_masks_are_learned() -> None:
