@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
+RATE = {"characters": 2e-3, "words": 20.0}
+"""The learning rate for either text, see :func:`optimizer`."""
+
 CLIP = {"characters": 1.0, "words": 0.25}
 """The largest norm of a gradient, for either text."""
 

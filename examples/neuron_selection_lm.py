@@ -40,6 +40,7 @@ from torch import Tensor, nn
 import fxprune
 from examples.language_model import (
     CLIP,
+    RATE,
     Corpus,
     LanguageModel,
     Reader,
@@ -103,13 +104,13 @@ class Setting:
     selecting: float = 0.75
     cutting: float = 0.375
     patience: int = 3
-    rate: float = 2e-3
+    rate: float = RATE["characters"]
     target: float = 0.1
     falling: float = 0.05
     spread: float | None = None
 
 
-WORDS = Setting("words", 1500, 0, 20, 35, 40, rate=20.0, target=0.06, spread=0.1)
+WORDS = Setting("words", 1500, 0, 20, 35, 40, rate=RATE["words"], target=0.06, spread=0.1)
 QUICK = Setting(
     "characters", 16, 20_000, 8, 25, 4, selecting=0.5, cutting=0.5, rate=1e-2, target=0.3
 )

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 import fxprune
 from examples.language_model import (
     CLIP,
+    RATE,
     Corpus,
     LanguageModel,
     Reader,
@@ -128,8 +129,6 @@ WORDS = Setting(
 """Few rounds, so each goes far; 10 % worse than dense is what the published point is."""
 LONG = replace(WORDS, epochs=8, retrain=3, rounds=10, falling=0.05, spread=0.1)
 """More and better training, of the dense model as well as in rounds, from the published start."""
-RATE = {"characters": 2e-3, "words": 20.0}
-"""The learning rate for either text."""
 QUICK = Setting("characters", 16, 20_000, 2_000, 8, 25, 2, 1, 3, 4, 3)
 
 

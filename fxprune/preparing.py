@@ -17,7 +17,7 @@ from fxprune.masking.insertion import insert_masks
 from fxprune.pipeline import Outcome, run_passes
 from fxprune.policy import Policy
 from fxprune.program import Program
-from fxprune.weights import owned, with_weights_of
+from fxprune.weights import are_numbers, owned, with_weights_of
 
 if TYPE_CHECKING:
     import os
@@ -182,7 +182,7 @@ def _split(passes: Sequence[Pass]) -> tuple[Sequence[Pass], LearnedPass | None, 
 
 def _require_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if not bool(parameter.detach().isfinite().all()):
+        if parameter.is_floating_point() and not are_numbers(parameter, finite=True):
             raise TrainingError(
                 f"{name} holds NaN or infinity: the training broke down. Load a state_dict of "
                 "before into prepared.module, and lower the learning rate or clip gradients"

@@ -1,4 +1,4 @@
-"""The weights of a program and those of a module made of it: taking a copy, and reading back."""
+"""The weights of a program and those of a module made of it: copies, reading back, soundness."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fxprune.program import Program
 
-__all__ = ["owned", "with_weights_of"]
+__all__ = ["are_numbers", "owned", "with_weights_of"]
 
 
 def owned(program: Program, values: Mapping[str, Tensor] | None = None) -> Program:
@@ -65,3 +65,11 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value
+
+
+def are_numbers(tensor: Tensor, finite: bool) -> bool:
+    """Whether no value is NaN and, if asked for, none infinite; takes no memory of its size."""
+    if not tensor.numel():
+        return True
+    extremes = torch.stack(tensor.detach().aminmax())
+    return not bool((~extremes.isfinite() if finite else extremes.isnan()).any())

@@ -338,8 +338,10 @@ def test_training_inside_inference_mode(pass_: Pass) -> None:
     with torch.inference_mode():
         compact = fxprune.compile(model, pass_, example_inputs=(X,), task=task, progress=False)
         prepared = fxprune.prepare(model, Magnitude(0.5), example_inputs=(X,))
+        converted = prepared.convert()
     assert compact.report.sparsity > 0
-    prepared.module(X).sum().backward()
+    for module in (prepared.module, converted.module):
+        module(X).sum().backward()
 
 
 def test_modes_stay_what_they_were() -> None:

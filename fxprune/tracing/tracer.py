@@ -30,6 +30,7 @@ from fxprune.tracing.sizes import (
     squeezed_symbols,
 )
 from fxprune.trials import first_taken, other_values
+from fxprune.weights import are_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -108,19 +109,11 @@ def _refuse_unfit(model: nn.Module) -> None:
         if tensor.is_meta:
             raise TraceError(f"{name} is on the meta device and has no values; load weights first.")
         # A buffer may hold infinities on purpose: the mask of an attention.
-        if tensor.is_floating_point() and not _fit(tensor, isinstance(tensor, nn.Parameter)):
+        if tensor.is_floating_point() and not are_numbers(tensor, isinstance(tensor, nn.Parameter)):
             raise ConfigError(
                 f"{name} holds NaN or infinity; pruning decisions would mean nothing. Repair or "
                 "reload the weights."
             )
-
-
-def _fit(tensor: Tensor, finite: bool) -> bool:
-    """Whether no value is NaN and, if asked for, none infinite; takes no memory of its size."""
-    if not tensor.numel():
-        return True
-    extremes = torch.stack(tensor.detach().aminmax())
-    return not bool((~extremes.isfinite() if finite else extremes.isnan()).any())
 
 
 def own_call(example_inputs: Any) -> Call:
