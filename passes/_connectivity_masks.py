@@ -242,15 +242,16 @@ class ConnectionMask(nn.Module):
         sizes = between if self.sizes is None else between * self.sizes
         first = between & (sizes.flatten().cumsum(0).reshape(sizes.shape) <= left)
         on |= first
-        values.copy_(torch.where(on, values.clamp(min=ON), values.clamp(max=0)))
+        on_values = values.clamp(ON, self.variables.bound)
+        values.copy_(torch.where(on, on_values, values.clamp(max=0)))
         return int((first * sizes).sum())
 
-    def turn_one_on(self) -> None:
-        """Puts the highest variable back on."""
+    def raise_highest(self, value: float) -> None:
+        """Puts the highest variable to a value above 0, so that its connections are on."""
         values = self.values
         if self.sizes is not None:
             values = values.masked_fill(self.sizes == 0, -torch.inf)
-        self.values.view(-1)[values.argmax()] = ON
+        self.values.view(-1)[values.argmax()] = value
 
     def _scale(self, gradient: Tensor) -> Tensor:
         """One over the norm of each feature's gradient.

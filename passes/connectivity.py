@@ -45,6 +45,7 @@ from fxprune.masking.prunable import Prunable, Weight, find_prunable
 from fxprune.masking.selection import removal_count
 from fxprune.passes._connectivity_masks import (
     ESTIMATORS,
+    ON,
     ConnectionMask,
     Partition,
     open_connections,
@@ -273,7 +274,7 @@ class _Connectivity(Learning):
             )
         for mask, count in zip(self.masks.values(), kept, strict=True):
             if not count:
-                mask.turn_one_on()
+                mask.raise_highest(ON)
         return sum(kept)
 
     def _kept(self, above: float = 0.0) -> list[int]:
@@ -298,8 +299,9 @@ class _Connectivity(Learning):
     def _freeze(self) -> None:
         """Makes the masks final, at the target where there is one."""
         if self.options.target is not None:
+            for mask in self.masks.values():  # one of each weight stays, whatever the others are
+                mask.raise_highest(2 * self.options.bound)
             self._keep_highest()
-            self._count()
         for mask in self.masks.values():
             mask.freeze()
 

@@ -65,10 +65,11 @@ class Search(ABC):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {number!r}")
         self.population, self.generations = population, generations
         self.generation = 0
-        try:
-            self._random = np.random.default_rng(seed)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"seed must be a non-negative integer, got {seed!r}") from error
+        seeds = seed if isinstance(seed, Sequence) else [seed]
+        if not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+            # numpy would take None as well, and draw other points each time
+            raise ConfigError(f"seed must be one or several non-negative integers, got {seed!r}")
+        self._random = np.random.default_rng(seed)
         self._asked: Array | None = None
         self._best: Best | None = None
 

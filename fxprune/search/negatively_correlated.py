@@ -64,6 +64,8 @@ class NegativelyCorrelatedSearch(Search):
             raise ConfigError(
                 f"step must be positive and factor in (0, 1], got {step!r} and {factor!r}"
             )
+        if math.isnan(limit):
+            raise ConfigError("limit must be a number or infinite, got nan")
         shape = (population, self.low.size)
         self.limit, self.factor = limit, factor
         self._places: Array = (

@@ -118,8 +118,8 @@ class Stepper:
             where: names the moment in an error.
 
         Raises:
-            TrainingError: the loss is no finite scalar, or does not depend on the parameters.
-                The weights are then as they were before the step.
+            TrainingError: the loss is no finite scalar, or does not depend on the parameters;
+                the weights are then as they were before the step. Or the scheduler has ended.
         """
         loss = _scalar(self.task.loss(self.module, batch), f"{where}: Task.loss")
         if self.penalty is not None:
@@ -146,12 +146,23 @@ class Stepper:
         if self.task.clip is not None:
             nn.utils.clip_grad_norm_(trained, self.task.clip)
         self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        self._schedule(where)
         if self.after_step is not None:
             with torch.no_grad():
                 self.after_step()
         return value
+
+    def _schedule(self, where: str) -> None:
+        if self.scheduler is None:
+            return
+        try:
+            self.scheduler.step()
+        except ValueError as error:  # a one-cycle schedule has an end
+            raise TrainingError(
+                f"{where}: the {type(self.scheduler).__name__} of Task.scheduler does not go on: "
+                f"{error}. It is stepped after each batch: make it for all steps of the training, "
+                "batches times epochs"
+            ) from error
 
 
 def _scalar(value: object, source: str) -> Tensor:

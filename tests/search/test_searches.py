@@ -164,8 +164,9 @@ def test_only_what_was_asked_can_be_told(kind: Callable[..., Search]) -> None:
 
 
 def test_wrong_seed_and_step() -> None:
-    with pytest.raises(ConfigError, match="seed must be"):
-        RandomSearch([0], [1], seed=-1)
+    for seed in (-1, 1.0, True, "1", (), (1, -1), None, np.random.default_rng(0)):
+        with pytest.raises(ConfigError, match="seed must be one or several non-negative"):
+            RandomSearch([0], [1], seed=seed)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="step must be positive"):
         NegativelyCorrelatedSearch([0], [1], step=0)
     with pytest.raises(ConfigError, match="start must hold"):
@@ -174,6 +175,8 @@ def test_wrong_seed_and_step() -> None:
         CmaSearch(LOW, HIGH, start=[0.5])
     with pytest.raises(ConfigError, match="step must be positive"):
         CmaSearch(LOW, HIGH, step=-1)
+    with pytest.raises(ConfigError, match="limit must be a number or infinite"):
+        NegativelyCorrelatedSearch([0], [1], limit=math.nan)
     with pytest.raises(ConfigError, match="limit and resolution must be numbers"):
         BisectionSearch(LOW, HIGH, limit=math.nan)
     with pytest.raises(ConfigError, match="population of at least 4"):

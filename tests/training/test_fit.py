@@ -79,6 +79,16 @@ def test_a_scheduler_is_stepped_after_each_step() -> None:
     assert weight(module) == 4 - (1 + 0.5 + 0.25 + 0.125)
 
 
+@pytest.mark.parametrize("total", [7, 8])
+def test_a_schedule_lasts_for_all_steps(total: int) -> None:
+    task = make(scheduler=lambda o: schedulers.OneCycleLR(o, 0.1, total), epochs=4)
+    if total == 8:
+        assert fit(scalar(4), task).steps == 8
+        return
+    with pytest.raises(TrainingError, match=r"step 8: the OneCycleLR of Task.scheduler .* make it"):
+        fit(scalar(4), task)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
