@@ -1,7 +1,7 @@
 """Dynamic pruning of small models on MNIST: every structure, with and without regrowth.
 
     python -m examples.dynamic_mnist --data PATH [--model lenet5|gru|lstm|resnet] [--seeds 0 1 2]
-    python -m examples.dynamic_mnist --table dynamic_mnist.jsonl
+    python -m examples.dynamic_mnist --table dynamic_mnist.jsonl [--picture curve.png]
 
 For each seed a dense model is trained, and then pruned while it trains on (``--from-scratch``:
 pruned while it trains for the first time). Each structure is pruned twice: masks follow the dense
@@ -37,6 +37,7 @@ from torch import nn
 import fxprune
 from examples.mnist import MODELS, Mnist, accuracy, make_task, read_mnist
 from examples.result_lines import Run, add_result, markdown, read_results, results_parser, spread
+from examples.result_picture import curves, draw_changes
 from fxprune.latency import measure
 from fxprune.masking.structures import NEURON_STRUCTURES as NEURONS
 from fxprune.masking.structures import STRUCTURES
@@ -243,6 +244,15 @@ def _key(run: Run) -> tuple[str, str, bool]:
     return run["structure"], " / ".join(f"{s:.0%}" for s in given), run["regrow"]
 
 
+def _curve_key(run: Run) -> tuple[str, str] | None:
+    """Structure, told apart by regrowth, and sparsity, of the runs of the plan "sparsities"."""
+    structure, asked, regrow = _key(run)
+    planned = [list(v) if isinstance(v, tuple) else v for v in SWEEP.get(structure, ())]
+    if structure != "dense" and run["sparsity"] not in planned:
+        return None
+    return structure if regrow else f"{structure}, no regrowth", asked
+
+
 def _count(runs: Sequence[Run], what: str) -> str:
     structures = runs[0].get("regrown", {})
     return " / ".join(f"{mean(r['regrown'][s][what] for r in runs):,.0f}" for s in structures)
@@ -253,7 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.table is not None:
-        print(result_table(read_results(options.table)))
+        found = read_results(options.table)
+        print(result_table(found))
+        if options.picture is not None:
+            draw_changes(options.picture, curves(found, _curve_key))
         return 0
     if options.quick:
         options.seeds, options.every, options.dense, options.epochs = [0], 200, 1, 4
@@ -283,6 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dense", type=int, default=5, help="epochs to train the dense model [%(default)s]")
     add("--epochs", type=int, default=6, help="epochs with masks [%(default)s]")
     add("--from-scratch", action="store_true", help="prune while it trains for the first time")
+    picture_help = "with --table, draw accuracy and what is left into this file"
+    add("--picture", type=Path, help=picture_help)
     quick_help = "only see that it works: one seed, every 200th image, 1 and 4 epochs"
     add("--quick", action="store_true", help=quick_help)
     return parser

@@ -1,7 +1,7 @@
 """Learn which connections of small MNIST models to keep: accuracy against what is left.
 
     python -m examples.sparse_connectivity --data PATH [--model lenet-300-100|lenet-5|gru]
-    python -m examples.sparse_connectivity --table sparse_connectivity.jsonl
+    python -m examples.sparse_connectivity --table sparse_connectivity.jsonl [--picture curve.png]
 
 Every method trains for the same number of epochs, from the same initial weights, with Adam, whose
 rate falls to zero over the last quarter, and asks for the same fraction of connections to go:
@@ -34,6 +34,7 @@ from torch import nn
 import fxprune
 from examples.mnist import RowReader, accuracy, make_task, read_mnist
 from examples.result_lines import Run, add_result, markdown, read_results, results_parser, spread
+from examples.result_picture import curves, draw_changes
 from fxprune.contract import Pass
 from fxprune.passes import GradualMagnitude, Magnitude, SparseConnectivity
 from fxprune.progress import track
@@ -198,7 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.table is not None:
-        print(result_table(read_results(options.table)))
+        found = read_results(options.table)
+        print(result_table(found))
+        if options.picture is not None:
+            draw_changes(options.picture, curves(found, lambda r: (r["method"], r["asked"])))
         return 0
     if options.quick:
         options.seeds, options.sparsity, options.price = 1, (0.9,), (0.01,)
@@ -226,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sparsity", type=float, nargs="+", default=default, help=sparsity_help)
     price_help = "prices of a connection, of `priced` [0.003 0.01 0.03]"
     add("--price", type=float, nargs="+", default=(0.003, 0.01, 0.03), help=price_help)
+    picture_help = "with --table, draw accuracy and what is left into this file"
+    add("--picture", type=Path, help=picture_help)
     methods_help = f"{', '.join(METHODS)} [all]"
     default_methods = tuple(METHODS)
     add("--methods", nargs="+", choices=METHODS, default=default_methods, help=methods_help)
