@@ -173,6 +173,8 @@ def _run_checked(program: Program, pass_: Pass, facts: Facts) -> PassResult:
             "command line a package.module:function that returns it after model and inputs.",
             pass_name=pass_.name,
         )
+    if pass_.needs_task:
+        program.module().train()  # refused where train mode differs: before any search, not after
     own = facts.for_pass(pass_)
     before = fingerprint(program)
     pass_.requires(program, own)

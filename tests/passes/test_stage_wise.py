@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.contract import Context, Facts, NeuronAnalysis
-from fxprune.errors import ConfigError, PassError, PreconditionError, TrainingError
+from fxprune.errors import ConfigError, InputError, PassError, PreconditionError, TrainingError
 from fxprune.masking.insertion import insert_masks
 from fxprune.masking.masks import Masks
 from fxprune.masking.prunable import find_prunable
@@ -648,6 +648,18 @@ def test_what_cannot_train_is_told_before_the_search(
 
     with pytest.raises(ConfigError, match=message):
         prune(program, stage_wise(), replace(make_task(validate=never), **change))
+
+
+def test_a_model_without_a_train_mode_is_refused_before_the_search() -> None:
+    class Halved(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if self.training else x / 2)
+
+    def never(model: nn.Module) -> float:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(InputError, match=r"pass 'stage-wise': this model computes something else"):
+        prune(trace(Halved(), X), stage_wise(), make_task(validate=never))
 
 
 def test_cma_without_its_package(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
