@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fxprune.analysis import Neurons
 from fxprune.archives import save_archive
 from fxprune.calls import run_call
+from fxprune.lost_inputs import lost_inputs
 from fxprune.masking.counting import Count, count
 from fxprune.masking.insertion import insert_masks
 from fxprune.naming import dimension_names
@@ -148,7 +149,8 @@ def finish(
     calls = None if verify_inputs is None else [own_call(c) for c in verify_inputs]
     verification = verify_programs(program, masked, small, module, calls)
     advance()
-    report = _report(outcome, neurons, small, policy, verification)
+    notes = (*_notes(program, small), *map(_lost, lost_inputs(program, masked)))
+    report = _report(outcome, neurons, small, policy, verification, notes)
     return Compact(module, masked, report, small.program)
 
 
@@ -168,7 +170,12 @@ def _without_dead(program: Program, neurons: Neurons) -> Program:
 
 
 def _report(
-    outcome: Outcome, neurons: Neurons, small: Shrunk, policy: Policy, verification: Any
+    outcome: Outcome,
+    neurons: Neurons,
+    small: Shrunk,
+    policy: Policy,
+    verification: Any,
+    notes: tuple[str, ...],
 ) -> Report:
     program = outcome.program
     masks = fold_constants(program, neurons).masks  # what is folded is gone as well
@@ -184,7 +191,7 @@ def _report(
         kept=_kept(program, small),
         verification=verification,
         refusals=(*outcome.refusals, *neurons.refusals),
-        notes=_notes(program, small),
+        notes=notes,
         policy=str(policy),
     )
 
@@ -224,6 +231,10 @@ def _notes(program: Program, small: Shrunk) -> tuple[str, ...]:
                 "share a state lose the same units"
             )
     return tuple(notes)
+
+
+def _lost(name: str) -> str:
+    return f"the outputs no longer change with {name}: too much was removed between them"
 
 
 def _sizes(shape: Sequence[Any]) -> str:
