@@ -28,8 +28,8 @@ def lost_inputs(program: Program, masked: nn.Module) -> tuple[str, ...]:
     numbers, the rest, such as tokens, backwards. What cannot be told so counts as followed.
 
     Args:
-        program: the program without masks.
-        masked: its module under masks.
+        program: with masks, which its own module leaves out.
+        masked: the module that has them in.
     """
     if program.masks.empty:
         return ()
