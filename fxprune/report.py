@@ -44,8 +44,8 @@ class Report:
         kept: for every parameter the kept indices along each of its dimensions.
         verification: how the compact program was compared with the masked one.
         refusals: what was left as it was, and why.
-        notes: what else is worth knowing: dimensions that are fixed, states that shrank, inputs that
-            the outputs no longer follow.
+        notes: what else is worth knowing: dimensions that are fixed, states that shrank, inputs
+            that the outputs no longer follow.
         policy: the policy as text.
     """
 
