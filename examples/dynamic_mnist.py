@@ -171,8 +171,13 @@ def planned(plan: str, seeds: Sequence[int], sparsity: float, model: str) -> Ite
             cases = [(s, sparsity) for s in (*STRUCTURES, *MIXTURES) if depth or s != "depth"]
         for structure, value in cases:
             for regrow in (True, False):
-                plain = list(value) if isinstance(value, tuple) else value
-                yield {"seed": seed, "structure": structure, "sparsity": plain, "regrow": regrow}
+                asked = _plain(value)
+                yield {"seed": seed, "structure": structure, "sparsity": asked, "regrow": regrow}
+
+
+def _plain(sparsity: Any) -> Any:
+    """As a results file gives it back: several sparsities are a list there."""
+    return list(sparsity) if isinstance(sparsity, tuple) else sparsity
 
 
 def run_missing(mnist: Mnist, setting: Setting, runs: Sequence[Run], path: Path) -> None:
@@ -247,8 +252,8 @@ def _key(run: Run) -> tuple[str, str, bool]:
 def _curve_key(run: Run) -> tuple[str, str] | None:
     """Structure, told apart by regrowth, and sparsity, of the runs of the plan "sparsities"."""
     structure, asked, regrow = _key(run)
-    planned = [list(v) if isinstance(v, tuple) else v for v in SWEEP.get(structure, ())]
-    if structure != "dense" and run["sparsity"] not in planned:
+    swept = [_plain(value) for value in SWEEP.get(structure, ())]
+    if structure != "dense" and run["sparsity"] not in swept:
         return None
     return structure if regrow else f"{structure}, no regrowth", asked
 

@@ -78,18 +78,22 @@ def draw_changes(path: Path, panels: Mapping[str, Mapping[str, Curve]]) -> None:
             xs, ys = zip(*runs, strict=True)
             axes.scatter(xs, ys, s=9, color=styles[method]["color"], alpha=0.5)
             axes.plot(*zip(*sorted(means), strict=True), **styles[method])
-        axes.xaxis.set_major_locator(FixedLocator(LEFT))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.yaxis.set_major_locator(FixedLocator(CHANGES))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        left = [x for curve in of.values() for at in curve.values() for x, _ in at]
-        axes.set_xlim(max(left) * 1.3, min(left) / 1.3)
-        axes.axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
+        _mark(axes, [x for curve in of.values() for at in curve.values() for x, _ in at])
     keys = [Line2D([], [], marker=".", label=method, **style) for method, style in styles.items()]
     figure.legend(handles=keys, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def _mark(axes: Axes, left: Sequence[float]) -> None:
+    """Scales, so that pruning goes to the right, and the line of no change."""
+    axes.xaxis.set_major_locator(FixedLocator(LEFT))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_locator(FixedLocator(CHANGES))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.set_xlim(max(left) * 1.3, min(left) / 1.3)
+    axes.axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
 
 
 def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -149,7 +149,7 @@ def finish(
     calls = None if verify_inputs is None else [own_call(c) for c in verify_inputs]
     verification = verify_programs(program, masked, small, module, calls)
     advance()
-    notes = (*_notes(program, small), *map(_lost, lost_inputs(program, masked)))
+    notes = _notes(program, masked, small)
     report = _report(outcome, neurons, small, policy, verification, notes)
     return Compact(module, masked, report, small.program)
 
@@ -214,7 +214,7 @@ def _kept(program: Program, small: Shrunk) -> dict[str, tuple[tuple[int, ...], .
     return kept
 
 
-def _notes(program: Program, small: Shrunk) -> tuple[str, ...]:
+def _notes(program: Program, masked: nn.Module, small: Shrunk) -> tuple[str, ...]:
     notes = [f"{r.node} is fixed: {r.reason}" for r in program.refusals if _worth_telling(r)]
     if program.mode_difference is not None:
         notes.append(f"eval mode only: {program.mode_difference}")
@@ -230,11 +230,9 @@ def _notes(program: Program, small: Shrunk) -> tuple[str, ...]:
                 f"state {name} is [{_sizes(left)}] instead of [{_sizes(shape)}]; layers that "
                 "share a state lose the same units"
             )
+    for name in lost_inputs(program, masked):
+        notes.append(f"the outputs no longer change with {name}: too much was removed between them")
     return tuple(notes)
-
-
-def _lost(name: str) -> str:
-    return f"the outputs no longer change with {name}: too much was removed between them"
 
 
 def _sizes(shape: Sequence[Any]) -> str:

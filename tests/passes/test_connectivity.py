@@ -217,6 +217,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     compact = prepared.convert()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2
     assert_same(prepared.module.eval(), compact.module.eval(), [BATCHES[0].to(dtype)], tolerance)
+    assert sum(mask_of(prepared, name).kept() for name in WEIGHTS) == TOTAL - int(0.7 * TOTAL)
     assert compact.report.sparsity == pytest.approx(0.7, abs=0.03)
 
 
